@@ -1,0 +1,67 @@
+"""Events: who acted, in what order, with what words. Plain data; nothing here knows a language model.
+
+An event is a topic c and a time-ordered list of actions; an action is an agent's text. Eight dimensions describe an
+action (DESIGN section 6, after the paper's annotation); which label a text carries is the annotator's business.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+DIMENSIONS: dict[str, tuple[str, ...]] = {
+    "rumor": ("spread", "counter"),
+    "sentiment_state": ("angry", "calm", "happy", "sad", "fear", "surprise"),
+    "sentiment_tendency": ("positive", "negative", "neutral"),
+    "behavior_type": ("comment", "share"),
+    "stance": ("support", "oppose", "neutral"),
+    "belief_degree": ("believe", "doubt"),
+    "subjectivity": ("subjective", "objective"),
+    "intent": ("question", "promotion", "opinion"),
+}
+
+LANGUAGES = ("en", "zh")
+
+
+@dataclass(frozen=True, slots=True)
+class Agent:
+    """One author. `profile` is what the policy is told of them (s_i); `reach` is their audience (followers)."""
+
+    id: str
+    profile: str = ""
+    reach: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Action:
+    """One post. An empty text is a plain share.
+
+    `popularity` is what could be known when it was posted (never a crawl-time count), `parent` the index, within the
+    event's actions, of the action it answers, and `labels` are gold or generating labels, used only to score annotators.
+    """
+
+    agent: Agent
+    text: str
+    time: float
+    popularity: float = 0.0
+    parent: int | None = None
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class PublicPost:
+    """A post every agent from action `index` on has seen, real or simulated: an official denial, a celebrity's post."""
+
+    index: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """A topic and its time-ordered actions. `facts` holds what the generating process knows (agora) and no agent does."""
+
+    id: str
+    topic: str
+    domain: str
+    language: str
+    actions: tuple[Action, ...]
+    posts: tuple[PublicPost, ...] = ()
+    facts: Mapping[str, float] = field(default_factory=dict)
