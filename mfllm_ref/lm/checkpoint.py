@@ -81,12 +81,12 @@ def read_json(path: str | Path, unique: bool = False) -> Any:
         return parsed
 
     path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
     try:
         if path.stat().st_size > LARGEST_JSON:
             raise InputError(f"{path}: larger than {LARGEST_JSON} bytes, which no such file is")
         return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse, object_pairs_hook=pairs)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
     except RecursionError:
