@@ -31,7 +31,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 ARCHITECTURES = {"qwen2": "Qwen2", "qwen3": "Qwen3", "llama": "Llama", "mistral": "Mistral"}
 LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-LARGEST = {"num_hidden_layers": 1000, "max_position_embeddings": 2**40, "sliding_window": 2**40}  # other sizes: 2**24
+# Sizes are bounded, so that a damaged file is refused before anything is built; other sizes: 2**20.
+LARGEST = {
+    "num_hidden_layers": 1000, "vocab_size": 2**24, "num_attention_heads": 2**14, "num_key_value_heads": 2**14,
+    "head_dim": 2**14, "max_position_embeddings": 2**40, "sliding_window": 2**40,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -128,10 +132,9 @@ class _Reader:
         self.config, self.where = config, where
 
     def size(self, key: str, default: int | None = None, null: int | None = None) -> int:
-        """A positive integer no larger than any real model's, so that a damaged file cannot ask for all the memory."""
         value = self.config.get(key, default)
         value = null if value is None else value
-        largest = LARGEST.get(key, 2**24)
+        largest = LARGEST.get(key, 2**20)
         if type(value) is not int or not 1 <= value <= largest:
             raise InputError(f"{self.where}: {key} must be an integer from 1 to {largest}, not {value!r:.60}")
         return value
@@ -194,6 +197,21 @@ class _Reader:
         return tuple(window if kind == "sliding_attention" else None for kind in types)
 
 
+class Linear(nn.Linear):
+    """nn.Linear left uninitialised: `Backbone` fills all weights in one place, and not at all when built on the meta device,
+    where PyTorch's random initialisers would first import 150 MB of compiler."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
+class Embedding(nn.Embedding):
+    """nn.Embedding left uninitialised, for the same reason."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
 class RMSNorm(nn.Module):
     """weight * x / sqrt(mean(x^2) + eps) over the last dimension, in at least float32, cast back before the weight."""
 
@@ -242,10 +260,10 @@ class Attention(nn.Module):
         super().__init__()
         self.layer, self.head_dim, self.window = layer, config.head_dim, config.windows[layer]
         q_dim, kv_dim = config.heads * config.head_dim, config.kv_heads * config.head_dim
-        self.q_proj = nn.Linear(config.dim, q_dim, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(config.dim, kv_dim, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(config.dim, kv_dim, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(q_dim, config.dim, bias=config.o_bias)
+        self.q_proj = Linear(config.dim, q_dim, bias=config.qkv_bias)
+        self.k_proj = Linear(config.dim, kv_dim, bias=config.qkv_bias)
+        self.v_proj = Linear(config.dim, kv_dim, bias=config.qkv_bias)
+        self.o_proj = Linear(q_dim, config.dim, bias=config.o_bias)
         if config.qk_norm:
             self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
             self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
@@ -266,9 +284,9 @@ class MLP(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.dim, config.intermediate, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(config.dim, config.intermediate, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(config.intermediate, config.dim, bias=config.mlp_bias)
+        self.gate_proj = Linear(config.dim, config.intermediate, bias=config.mlp_bias)
+        self.up_proj = Linear(config.dim, config.intermediate, bias=config.mlp_bias)
+        self.down_proj = Linear(config.intermediate, config.dim, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -295,15 +313,17 @@ class Backbone(nn.Module):
         super().__init__()
         self.config = config
         self.model = nn.ModuleDict({
-            "embed_tokens": nn.Embedding(config.vocab_size, config.dim),
+            "embed_tokens": Embedding(config.vocab_size, config.dim),
             "layers": nn.ModuleList(Layer(config, layer) for layer in range(config.layers)),
             "norm": RMSNorm(config.dim, config.norm_eps),
         })  # fmt: skip
-        self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.dim, config.vocab_size, bias=False)
         self.tie()
         # A plain attribute, neither parameter nor buffer: `.to(bfloat16)` must not round the angles.
         self._frequencies = rope_frequencies(config)
         for name, parameter in self.named_parameters():
+            if parameter.is_meta:
+                continue
             if name.endswith(".bias"):
                 nn.init.zeros_(parameter)
             elif parameter.dim() == 2:
