@@ -157,10 +157,15 @@ def block_mask(segments: Tensor) -> Tensor:
 
 def loss_sums(backbone: Backbone, batch: Batch) -> tuple[Tensor, Tensor]:
     """Negative log-likelihood in nats of each row's targets, and their number: float32 [rows] each."""
-    mask = block_mask(batch.segments)
+    device, visible = batch.ids.device, block_mask(batch.segments)
+    # On CPU, attention in float32 is about 3x faster than in bfloat16 (forward and backward), unlike the matrix products.
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    mask = torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill_(~visible, -torch.inf)
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+        with torch.autocast(device.type, enabled=False):
+            q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
 
     hidden = backbone.hidden(batch.ids, batch.positions, attend)
     learned = batch.targets != -100
