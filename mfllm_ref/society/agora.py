@@ -12,7 +12,6 @@ its own, so a second continuation or an intervention is compared on equal noise.
 """
 
 import hashlib
-import math
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -140,7 +139,8 @@ def world(split: str, index: int) -> World:
     low, high = CONSTANTS["coupling"][kind]
     coupling = rng.uniform(low, high)
     seen = (coupling + CONSTANTS["coupling_noise"] * rng.standard_normal() - low) / (high - low)
-    half_life = math.exp(rng.uniform(*np.log(CONSTANTS["half_life"][kind])))
+    shortest, longest = CONSTANTS["half_life"][kind]
+    half_life = shortest * (longest / shortest) ** rng.random()
     first_opinion = rng.dirichlet(np.full(3, CONSTANTS["first_opinion"]))
     base = CONSTANTS["field"] * rng.standard_normal(3)
     told = base + CONSTANTS["field_noise"] * rng.standard_normal(3)
@@ -265,13 +265,16 @@ def proceed(here: World, start: int, opinion: np.ndarray, pending: Sequence[int]
     """
     actions, pending = [], list(pending)
     for index in range(start, stop):
-        pending += (inserted or {}).get(index, ()) if index > start else ()
+        if index > start and inserted:
+            pending += inserted.get(index, ())
         if index % UPDATE == 0 and pending:
-            opinion = absorb(opinion, pending, here.half_life)
-            pending = []
-        p = choice_probabilities(here.utility[index], here.coupling, here.field[index], opinion)
+            opinion, pending = absorb(opinion, pending, here.half_life), []
+        if index % UPDATE == 0 or index == start:  # the chances of all who act on this m
+            span = slice(index, index - index % UPDATE + UPDATE)
+            ends = choice_probabilities(here.utility[span], here.coupling, here.field[span], opinion).cumsum(axis=-1)
+            ends, first = ends.tolist(), index
         row = noise[index - start].tolist()
-        stance = min(int(np.searchsorted(np.cumsum(p), row[0], side="right")), 2)
+        stance = min(bisect_right(ends[index - first], row[0]), 2)
         actions.append(act(here, index, stance, opinion, row[1:]))
         pending.append(stance)
     return actions
@@ -328,7 +331,7 @@ def true_rollout(event: Event, warmup: int, intervention: Sequence[Mapping[str, 
     inserted: dict[int, list[int]] = {}
     for item in intervention or ():
         from mfllm_ref.society.annotate import annotate
-        stances = [STANCES.index(annotate(action["text"], "en")["stance"]) for action in item["actions"]]
+        stances = [STANCES.index(annotate(action["text"], event.language)["stance"]) for action in item["actions"]]
         inserted.setdefault((item["step"] + 1) * batch, []).extend(stances)
     stances = [STANCES.index(action.labels["stance"]) for action in event.actions[:warmup]]
     opinion, pending = listen(here, here.first_opinion, stances, inserted)
