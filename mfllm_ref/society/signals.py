@@ -1,0 +1,161 @@
+"""What a population looks like: label shares, their words, and the history that every signal is read from.
+
+A `History` is all that a method may know of the past: the newest actions (for `recent` and `popular`) and exponentially
+weighted label shares (for `empirical`). It is updated a step at a time, never ahead of it.
+"""
+
+import math
+import re
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mfllm_ref.society.events import DIMENSIONS
+from mfllm_ref.society.prompts import Signal
+
+HALF_LIFE = 60  # actions: after so many newer ones an action counts half in the empirical shares
+RECENT, POPULAR, POPULAR_WINDOW = 5, 5, 30
+
+Shares = dict[str, np.ndarray]  # dimension -> shares in the order of DIMENSIONS, summing to 1
+
+NAMES: dict[str, dict[str, tuple[str, tuple[str, ...]]]] = {
+    "en": {
+        dimension: (heading, DIMENSIONS[dimension])
+        for dimension, heading in zip(
+            DIMENSIONS,
+            ("rumor", "feeling", "sentiment", "behavior", "stance", "belief", "subjectivity", "intent"),
+            strict=True,
+        )
+    },
+    "zh": {
+        "rumor": ("传言", ("传播", "反驳")),
+        "sentiment_state": ("情绪", ("愤怒", "平静", "高兴", "悲伤", "恐惧", "惊讶")),
+        "sentiment_tendency": ("倾向", ("正面", "负面", "中性")),
+        "behavior_type": ("行为", ("评论", "转发")),
+        "stance": ("立场", ("支持", "反对", "中立")),
+        "belief_degree": ("信念", ("相信", "怀疑")),
+        "subjectivity": ("主观性", ("主观", "客观")),
+        "intent": ("意图", ("提问", "推广", "意见")),
+    },
+}
+
+
+def shares(labels: Sequence[Mapping[str, str]]) -> Shares:
+    """Label shares of a set of actions, per dimension in the order of DIMENSIONS; uniform where no action has a label."""
+    out: Shares = {}
+    for dimension, names in DIMENSIONS.items():
+        counts = np.zeros(len(names))
+        for row in labels:
+            if dimension in row:
+                counts[names.index(row[dimension])] += 1
+        out[dimension] = counts / counts.sum() if counts.any() else np.full(len(names), 1 / len(names))
+    return out
+
+
+def _percentages(p: np.ndarray) -> list[int]:
+    """Whole percentages that sum to 100 (largest remainder), each within 1 of the exact value."""
+    exact = 100 * p / p.sum()
+    floor = np.floor(exact + 1e-9).astype(int)
+    short = 100 - int(floor.sum())
+    floor[np.argsort(floor - exact, kind="stable")[:short]] += 1
+    return floor.tolist()
+
+
+def verbalise(population: Mapping[str, np.ndarray], language: str) -> str:
+    """Label shares in words: `stance: support 43% oppose 05% neutral 52%; ...`, a two-valued dimension by its second label.
+
+    Percentages have two digits, so that a small model finds the tens always at the same place.
+    """
+    colon, gap, between = (": ", " ", "; ") if language == "en" else ("：", "", "；")
+    parts = []
+    for dimension, (heading, names) in NAMES[language].items():
+        percent = _percentages(population[dimension])
+        pairs = list(zip(names, percent, strict=True))[-1 if len(names) == 2 else 0:]
+        parts.append(heading + colon + " ".join(f"{name}{gap}{value:02d}%" for name, value in pairs))
+    return between.join(parts)
+
+
+def parse(text: str, language: str) -> Shares:
+    """The shares that a text written like `verbalise`'s states; a dimension it does not state (or not fully) is left out.
+
+    The inverse of `verbalise` within rounding (1 percentage point a label).
+    """
+    out: Shares = {}
+    for part in re.split("[;；]", text):
+        heading, _, rest = part.strip().replace("：", ":").partition(":")
+        for dimension, (name, labels) in NAMES[language].items():
+            if heading.strip() != name:
+                continue
+            said = {label: int(value) for label, value in re.findall(r"([^\W\d]+) ?(\d{1,3})%", rest)}
+            if len(labels) == 2 and labels[1] in said:
+                said.setdefault(labels[0], 100 - said[labels[1]])
+            values = np.array([said.get(label, -1) for label in labels], dtype=float)
+            if (values >= 0).all() and values.sum() > 0:
+                out[dimension] = values / values.sum()
+    return out
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """One action as the population saw it. `id` tells it from all others of its event; `index` is None if inserted."""
+
+    id: str
+    index: int | None
+    profile: str
+    text: str
+    labels: Mapping[str, str]
+    popularity: float
+    parent: int | None = None  # known for real actions only
+
+
+class History:
+    """The past of one world, as far as signals need it: O(1) memory however long the event."""
+
+    def __init__(self, batch: int) -> None:
+        # Decay by the nominal step, so that a step counts by its shares and not by its head count: telling the same
+        # story with every agent twice changes nothing.
+        self.retention = 0.5 ** (batch / HALF_LIFE)
+        self.newest: deque[Seen] = deque(maxlen=POPULAR_WINDOW)
+        self.children: dict[int, int] = {}
+        self.total: Shares | None = None
+        self.weight = 0.0
+
+    def update(self, step: Sequence[Seen]) -> None:
+        """Take in one step's actions, in order of arrival."""
+        if not step:
+            return
+        self.newest.extend(step)
+        for seen in step:
+            if seen.parent is not None:
+                self.children[seen.parent] = self.children.get(seen.parent, 0) + 1
+        now = shares([seen.labels for seen in step])
+        if self.total is None:
+            self.total = {dimension: np.zeros_like(p) for dimension, p in now.items()}
+        self.total = {dimension: self.retention * self.total[dimension] + p for dimension, p in now.items()}
+        self.weight = self.retention * self.weight + 1
+
+    def population(self) -> Shares | None:
+        """Exponentially weighted label shares of all actions so far (half-life HALF_LIFE actions); None before the first."""
+        return None if self.total is None else {d: p / self.weight for d, p in self.total.items()}
+
+    def _score(self, seen: Seen) -> float:
+        known = self.children.get(seen.index, 0) if seen.index is not None else 0
+        return known + math.log1p(max(0.0, seen.popularity))
+
+    def signal(self, kind: str, language: str, mean_field: str = "") -> Signal | None:
+        """What the next step's agents are told under a method's `kind` of signal; None where there is nothing to tell."""
+        if kind == "mean-field":
+            return Signal("population", (mean_field,)) if mean_field else None
+        if kind == "none" or not self.newest:
+            return None
+        if kind == "empirical":
+            return Signal("population", (verbalise(self.population(), language),))
+        if kind == "recent":
+            return Signal("recent", tuple(seen.text for seen in list(self.newest)[-RECENT:]))
+        if kind == "popular":
+            # Newest first among equals: without any reach or answer known, popular is recent, newest first.
+            ranked = sorted(reversed(self.newest), key=self._score, reverse=True)
+            return Signal("popular", tuple(seen.text for seen in ranked[:POPULAR]))
+        raise ValueError(f"unknown signal {kind!r}")
