@@ -12,10 +12,11 @@ its own, so a second continuation or an intervention is compared on equal noise.
 """
 
 import hashlib
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -51,17 +52,19 @@ CONSTANTS: dict[str, Any] = {
                     "fear": (0.1, 0.0), "surprise": (0.15, 0.0)},
     },
     "mood": 2.5,  # factor on what the mood word names
+    # Given stance: chance base + slope * a. Only a neutral agent passes a topic on without a word.
+    "share": {"support": (0.0, 0.0), "oppose": (0.0, 0.0), "neutral": (0.25, 0.5)},
     "objective": {"support": (0.12, 0.0), "oppose": (0.12, 0.0), "neutral": (0.35, 0.3)},
-    "judgement": {"support": ("positive", 0.8), "oppose": ("negative", 0.8), "neutral": ("neutral", 1.0)},
-    "doubt": {"support": (0.03, 0.0), "oppose": (0.9, 0.0), "neutral": (0.15, 0.2)},
-    "share": {"support": (0.05, 0.35), "oppose": (0.03, 0.15), "neutral": (0.2, 0.5)},
-    "question": {"support": (0.03, 0.0), "oppose": (0.12, 0.0), "neutral": (0.45, 0.0)},
+    "denial": {"support": (0.0, 0.0), "oppose": (0.45, 0.4), "neutral": (0.0, 0.0)},
+    "judgement": {"support": (0.8, 0.0), "oppose": (0.8, 0.0), "neutral": (0.0, 0.0)},
+    "doubt": {"support": (0.03, 0.0), "oppose": (0.5, 0.0), "neutral": (0.15, 0.0)},
+    "question": {"support": (0.03, 0.0), "oppose": (0.1, 0.0), "neutral": (0.5, 0.0)},
     "promotion": {"support": (0.1, 0.4), "oppose": (0.03, 0.05), "neutral": (0.02, 0.0)},
 }
 NOISE = 40  # uniforms an action: one a label, the rest for words
 
 
-def _generator(*key: object) -> np.random.Generator:
+def generator(*key: object) -> np.random.Generator:
     """A generator seeded by a stable hash of `key` (the same on every machine and run)."""
     digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=16).digest()
     return np.random.Generator(np.random.PCG64(int.from_bytes(digest, "little")))
@@ -131,12 +134,13 @@ def world(split: str, index: int) -> World:
         raise InputError(f"split {split!r}: agora has {', '.join(SPLITS)}")
     if not 0 <= index < SPLITS[split]:
         raise InputError(f"index {index}: agora's split {split!r} has events 0 to {SPLITS[split] - 1}")
-    rng = _generator("agora", split, index)
+    rng = generator("agora", split, index)
     words, kind = grammar(), "pretrain" if split == "pretrain" else "world"
     low, high = CONSTANTS["coupling"][kind]
     coupling = rng.uniform(low, high)
     seen = (coupling + CONSTANTS["coupling_noise"] * rng.standard_normal() - low) / (high - low)
-    half_life = math.exp(rng.uniform(*np.log(CONSTANTS["half_life"][kind])))
+    shortest, longest = CONSTANTS["half_life"][kind]
+    half_life = shortest * (longest / shortest) ** rng.random()
     first_opinion = rng.dirichlet(np.full(3, CONSTANTS["first_opinion"]))
     base = CONSTANTS["field"] * rng.standard_normal(3)
     told = base + CONSTANTS["field_noise"] * rng.standard_normal(3)
@@ -156,7 +160,7 @@ def _topic_names(split: str, index: int) -> tuple[str, str]:
     names, places = grammar()["names"], grammar()["places"]
     first = sum(-(-count // len(DOMAINS)) for other, count in SPLITS.items()
                 if list(SPLITS).index(other) < list(SPLITS).index(split))
-    order = _generator("agora", "topics", DOMAINS[index % len(DOMAINS)]).permutation(len(names) * len(places))
+    order = generator("agora", "topics", DOMAINS[index % len(DOMAINS)]).permutation(len(names) * len(places))
     pair = int(order[first + index // len(DOMAINS)])
     return names[pair // len(places)], places[pair % len(places)]
 
@@ -204,42 +208,41 @@ def _population(event_id: str, place: str, rng: np.random.Generator
     return tuple(agents), tuple(mood_of), tuple(slots), utility
 
 
+def choices(options: Sequence[str], weights: Iterable[float], u: float) -> str:
+    """The option at uniform `u` of the distribution proportional to `weights`."""
+    ends = list(accumulate(weights))
+    return options[min(bisect_right(ends, u * ends[-1]), len(options) - 1)]
+
+
 def other_labels(stance: str, opinion: np.ndarray, mood: str, u: Iterator[float]) -> dict[str, str]:
     """All eight labels of an action, given its stance, the opinion m [3] it saw and its author's mood word."""
     own = float(opinion[STANCES.index(stance)])
 
-    def chance(name: str, label: str | None = None) -> bool:
+    def chance(name: str) -> bool:
         base, slope = CONSTANTS[name][stance]
-        odds = (base + slope * own) * (CONSTANTS["mood"] if mood == (label or name) else 1.0)
-        return next(u) < min(odds, 0.97)
+        return next(u) < min((base + slope * own) * (CONSTANTS["mood"] if mood == name else 1.0), 0.95)
 
-    objective = chance("objective")
+    shared, objective, denied = chance("share"), chance("objective"), chance("denial")
     weights = {feeling: max(base + slope * own, 0.01) * (CONSTANTS["mood"] if mood == feeling else 1.0)
                for feeling, (base, slope) in CONSTANTS["feeling"][stance].items()}
-    left = next(u) * sum(weights.values())
-    for feeling, weight in weights.items():
-        left -= weight
-        if left < 0:
-            break
-    feeling = "calm" if objective else feeling
-    tendency, likely = CONSTANTS["judgement"][stance]
-    judged = next(u) < likely and not objective
-    if feeling in ("calm", "surprise"):
-        tendency = tendency if judged else "neutral"
-    else:
-        tendency = "positive" if feeling == "happy" else "negative"
-    doubt, share, question, promotion = chance("doubt"), chance("share"), chance("question"), chance("promotion")
-    if share and stance == "neutral":  # passed on without a word
-        objective, feeling, tendency, doubt, question, promotion = True, "calm", "neutral", False, False, False
+    feeling = choices(list(weights), weights.values(), next(u))
+    tendency = "neutral"
+    judged, doubt, question, promotion = chance("judgement"), chance("doubt"), chance("question"), chance("promotion")
+    if shared:  # passed on without a word of one's own, so without a feeling, a doubt or an appeal
+        objective, question, promotion = True, False, False
     if objective:
-        doubt = stance == "oppose"
+        feeling, denied, doubt = "calm", stance == "oppose", False
+    elif feeling not in ("calm", "surprise"):
+        tendency = "positive" if feeling == "happy" else "negative"
+    elif judged:
+        tendency = "positive" if stance == "support" else "negative"
     return {
-        "rumor": "counter" if stance == "oppose" else "spread",
+        "rumor": "counter" if denied else "spread",
         "sentiment_state": feeling,
         "sentiment_tendency": tendency,
-        "behavior_type": "share" if share else "comment",
+        "behavior_type": "share" if shared else "comment",
         "stance": stance,
-        "belief_degree": "doubt" if doubt else "believe",
+        "belief_degree": "doubt" if doubt or denied else "believe",
         "subjectivity": "objective" if objective else "subjective",
         "intent": "question" if question else "promotion" if promotion else "opinion",
     }
@@ -255,25 +258,26 @@ def act(here: World, index: int, stance: int, opinion: np.ndarray, noise: Sequen
 
 
 def proceed(here: World, start: int, opinion: np.ndarray, pending: Sequence[int], noise: np.ndarray, stop: int = ACTIONS,
-            inserted: Mapping[int, Sequence[int]] | None = None) -> tuple[list[Action], list[np.ndarray]]:
+            inserted: Mapping[int, Sequence[int]] | None = None) -> list[Action]:
     """Run the process over actions start to stop, from opinion m [3] and the stances not yet taken into it.
 
     noise [stop - start, NOISE] uniforms. inserted: stances that enter m beside the actions before the key's index.
-    Returns the actions and the opinion each saw.
     """
-    actions, seen, pending = [], [], list(pending)
+    actions, pending = [], list(pending)
     for index in range(start, stop):
-        pending += (inserted or {}).get(index, ()) if index > start else ()
+        if index > start and inserted:
+            pending += inserted.get(index, ())
         if index % UPDATE == 0 and pending:
-            opinion = absorb(opinion, pending, here.half_life)
-            pending = []
-        p = choice_probabilities(here.utility[index], here.coupling, here.field[index], opinion)
+            opinion, pending = absorb(opinion, pending, here.half_life), []
+        if index % UPDATE == 0 or index == start:  # the chances of all who act on this m
+            span = slice(index, index - index % UPDATE + UPDATE)
+            ends = choice_probabilities(here.utility[span], here.coupling, here.field[span], opinion).cumsum(axis=-1)
+            ends, first = ends.tolist(), index
         row = noise[index - start].tolist()
-        stance = min(int(np.searchsorted(np.cumsum(p), row[0], side="right")), 2)
+        stance = min(bisect_right(ends[index - first], row[0]), 2)
         actions.append(act(here, index, stance, opinion, row[1:]))
-        seen.append(opinion)
         pending.append(stance)
-    return actions, seen
+    return actions
 
 
 def absorb(opinion: np.ndarray, stances: Sequence[int], half_life: float) -> np.ndarray:
@@ -282,10 +286,10 @@ def absorb(opinion: np.ndarray, stances: Sequence[int], half_life: float) -> np.
     return keep * opinion + (1 - keep) * np.bincount(stances, minlength=3) / len(stances)
 
 
-def listen(here: World, stances: Sequence[int], inserted: Mapping[int, Sequence[int]] | None = None
+def listen(here: World, opinion: np.ndarray, stances: Sequence[int], inserted: Mapping[int, Sequence[int]] | None = None
            ) -> tuple[np.ndarray, list[int]]:
-    """m after the event's first stances, and the stances that have not entered it yet."""
-    opinion, pending = here.first_opinion, []
+    """m [3] after the event's first stances, from a first opinion; and the stances that have not entered it yet."""
+    pending: list[int] = []
     for index, stance in enumerate(stances):
         pending += (inserted or {}).get(index, ())
         if index % UPDATE == 0 and pending:
@@ -294,7 +298,7 @@ def listen(here: World, stances: Sequence[int], inserted: Mapping[int, Sequence[
     return opinion, pending + list((inserted or {}).get(len(stances), ()))
 
 
-def _world_of(event: Event) -> World:
+def world_of(event: Event) -> World:
     name, _, rest = event.id.partition("-")
     split, _, index = rest.partition("-")
     if name != "agora" or split not in SPLITS or not index.isdigit() or world(split, int(index)).topic != event.topic:
@@ -305,7 +309,7 @@ def _world_of(event: Event) -> World:
 def event(split: str, index: int) -> Event:
     """Event `index` of `split` (SPLITS): 300 actions, of which 50 are meant as warm-up. InputError where there is none."""
     here = world(split, index)
-    actions, _ = proceed(here, 0, here.first_opinion, (), _generator(here.id, "actions").random((ACTIONS, NOISE)))
+    actions = proceed(here, 0, here.first_opinion, (), generator(here.id, "actions").random((ACTIONS, NOISE)))
     facts = {"J": here.coupling, "half_life": here.half_life, "spectral_radius": spectral_radius(here.utility, here.coupling)}
     facts |= {f"h_{stance}": float(value) for stance, value in zip(STANCES, here.base_field)}
     facts |= {f"m0_{stance}": float(value) for stance, value in zip(STANCES, here.first_opinion)}
@@ -321,16 +325,16 @@ def true_rollout(event: Event, warmup: int, intervention: Sequence[Mapping[str, 
     from each text enters m beside the step's own actions. Returns len(event.actions) actions; inserted ones are left
     out. One `seed` is one noise, with or without an intervention. Raises InputError for an event that is not agora's.
     """
-    here = _world_of(event)
+    here = world_of(event)
     if not 0 < warmup <= len(event.actions):
         raise InputError(f"warm-up {warmup}: {event.id} has {len(event.actions)} actions")
     inserted: dict[int, list[int]] = {}
     for item in intervention or ():
         from mfllm_ref.society.annotate import annotate
-        stances = [STANCES.index(annotate(action["text"], "en")["stance"]) for action in item["actions"]]
+        stances = [STANCES.index(annotate(action["text"], event.language)["stance"]) for action in item["actions"]]
         inserted.setdefault((item["step"] + 1) * batch, []).extend(stances)
     stances = [STANCES.index(action.labels["stance"]) for action in event.actions[:warmup]]
-    opinion, pending = listen(here, stances, inserted)
-    noise = _generator(here.id, "rollout", seed).random((ACTIONS, NOISE))[warmup:]
-    actions, _ = proceed(here, warmup, opinion, pending, noise, len(event.actions), inserted)
+    opinion, pending = listen(here, here.first_opinion, stances, inserted)
+    noise = generator(here.id, "rollout", seed).random((ACTIONS, NOISE))[warmup:]
+    actions = proceed(here, warmup, opinion, pending, noise, len(event.actions), inserted)
     return [*event.actions[:warmup], *actions]

@@ -48,23 +48,22 @@ def sentences(text: str) -> str:
 
 
 def comment(labels: Mapping[str, str], slots: Mapping[str, str], domain: str, u: Iterator[float]) -> str:
-    """A comment that shows `labels`, about 5 to 18 words; the empty text for a share without a word.
+    """A comment that shows `labels`, about 5 to 18 words; a share is passed on without a word, or says just that.
 
-    A neutral share is empty; `slots` holds place and occupation, `u` yields uniforms (at most 24 are used).
+    `slots` holds place and occupation, `u` yields uniforms (at most 24 are used).
     """
-    words = grammar()
-    stance, share = labels["stance"], labels["behavior_type"] == "share"
-    if share and stance == "neutral":
-        return ""
-    objective = labels["subjectivity"] == "objective"
+    words, stance = grammar(), labels["stance"]
+    if labels["behavior_type"] == "share":
+        return pick(words["share"], next(u))
+    objective, doubt = labels["subjectivity"] == "objective", labels["belief_degree"] == "doubt"
     feeling, tendency = labels["sentiment_state"], labels["sentiment_tendency"]
+    denial = labels["rumor"] == "counter"
+    view = "deny" if denial else "object" if stance == "oppose" else stance
     pieces = []
-    if labels["intent"] != "question" or stance != "neutral" or next(u) < 0.5:
-        pieces.append(pick(words["fact" if objective else "stance"][stance], next(u)))
-    if labels["belief_degree"] == "doubt" and not objective:
-        pieces.append(pick(words["belief"]["doubt"], next(u)))
-    elif not objective and stance == "support" and next(u) < 0.35:
-        pieces.append(pick(words["belief"]["believe"], next(u)))
+    if not (objective and labels["intent"] == "question" and stance == "neutral" and next(u) < 0.6):
+        pieces.append(pick(words["fact"][stance] if objective else words["stance"][view], next(u)))
+    if not objective and (next(u) < 0.3 if denial or stance == "support" and not doubt else doubt):
+        pieces.append(pick(words["belief"][labels["belief_degree"]], next(u)))
     if feeling != "calm":
         pieces.append(pick(words["state"][feeling], next(u)))
     if feeling in ("calm", "surprise") and tendency != "neutral":
@@ -74,14 +73,12 @@ def comment(labels: Mapping[str, str], slots: Mapping[str, str], domain: str, u:
     text = pieces[0] if pieces else ""
     for piece in pieces[1:]:
         text += (pick((", ", ". ", " and "), next(u)) if len(pieces) == 2 else ". ") + piece
-    if text and not objective and not share and next(u) < 0.25:
+    if text and not objective and next(u) < 0.25:
         text = pick(words["openers"], next(u)) + " " + text
     if text:
         text += "." if objective else pick((".", ".", "!"), next(u))
     if labels["intent"] != "opinion":
         appeal = pick(words["intent"][labels["intent"]], next(u))
         text += (" " if text else "") + appeal + ("" if appeal.endswith("?") else ".")
-    if share:
-        text = pick(words["share"], next(u)) + " " + text
     nouns = words["domains"][domain]
     return sentences(text.format(**slots, it=pick(nouns["it"], next(u)), about=pick(nouns["about"], next(u))))
