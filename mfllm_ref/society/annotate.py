@@ -43,8 +43,8 @@ EFFECTS: dict[str, dict[str, float]] = {
     "question": {"question": 1},
     "ask": {"question": 0.5},
     "promotion": {"promotion": 1},
-    "plug": {"promotion": 0.5},  # a link or a hashtag invites only together with another such cue
-    "report": {"subjective": -1, "stance": 0.25},  # who reports a claim as news stands behind it
+    "plug": {"promotion": 0.5, "stance": 0.2},  # a link or hashtag invites only with another; it also is evidence
+    "report": {"subjective": -1, "stance": 0.4},  # who reports a claim as news stands behind it
     "opinion": {"subjective": 1},
     "emphasis": {"subjective": 0.5},
 }
