@@ -62,7 +62,7 @@ def comment(labels: Mapping[str, str], slots: Mapping[str, str], domain: str, u:
     pieces = []
     if not (objective and labels["intent"] == "question" and stance == "neutral" and next(u) < 0.6):
         pieces.append(pick(words["fact"][stance] if objective else words["stance"][view], next(u)))
-    if not objective and (next(u) < 0.3 if denial or stance == "support" and not doubt else doubt):
+    if not objective and (next(u) < 0.2 if denial or stance == "support" and not doubt else doubt):
         pieces.append(pick(words["belief"][labels["belief_degree"]], next(u)))
     if feeling != "calm":
         pieces.append(pick(words["state"][feeling], next(u)))
@@ -73,7 +73,7 @@ def comment(labels: Mapping[str, str], slots: Mapping[str, str], domain: str, u:
     text = pieces[0] if pieces else ""
     for piece in pieces[1:]:
         text += (pick((", ", ". ", " and "), next(u)) if len(pieces) == 2 else ". ") + piece
-    if text and not objective and next(u) < 0.25:
+    if text and not objective and len(pieces) < 3 and next(u) < 0.25:
         text = pick(words["openers"], next(u)) + " " + text
     if text:
         text += "." if objective else pick((".", ".", "!"), next(u))
