@@ -7,21 +7,34 @@ action's tokens see the prefix and themselves, and positions restart behind the 
 
 import json
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import numpy as np
+import safetensors.torch
 import tokenizers
 import torch
 import torch.nn.functional as F
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from torch import Tensor
+from tqdm import tqdm
 
-from mfllm_ref.lm.backbone import Backbone, Config
+from mfllm_ref import report
+from mfllm_ref.errors import InputError
+from mfllm_ref.lm import LanguageModel
+from mfllm_ref.lm.backbone import Backbone
+from mfllm_ref.lm.checkpoint import save_backbone
+from mfllm_ref.lm.config import Config
 from mfllm_ref.lm.tokenizer import Tokenizer
-from mfllm_ref.society.corpus import Corpus, Document
+from mfllm_ref.runs import Run, write_bytes, write_json
+from mfllm_ref.society import agora
+from mfllm_ref.society.annotate import RuleAnnotator
+from mfllm_ref.society.corpus import Corpus, Document, Mixture, Past, pretraining_part
+from mfllm_ref.society.events import Event
+from mfllm_ref.society.response import WATCHED, response_curve, slope
 
+HELD_OUT = 40  # events that the response curve is drawn on
 END = "<|endoftext|>"
 # Newlines stand alone (they end prompts and sections), an emoticon in brackets is one piece, and a percentage is its digits,
 # the last one with its sign: ten tens and ten units are learned from less data than a hundred numbers.
@@ -114,7 +127,7 @@ class Batch:
 
 
 def collate(
-    documents: Sequence[tuple[str, Document]], tokenizer: Tokenizer, end: int, longest: int = 384, multiple: int = 16
+    documents: Sequence[tuple[str, Document]], tokenizer: Tokenizer, end: int, longest: int = 368, multiple: int = 16
 ) -> Batch:
     """Tokens of `documents`, one row each; the row length is rounded up to `multiple`.
 
@@ -157,10 +170,15 @@ def block_mask(segments: Tensor) -> Tensor:
 
 def loss_sums(backbone: Backbone, batch: Batch) -> tuple[Tensor, Tensor]:
     """Negative log-likelihood in nats of each row's targets, and their number: float32 [rows] each."""
-    mask = block_mask(batch.segments)
+    device, visible = batch.ids.device, block_mask(batch.segments)
+    # On CPU, attention in float32 is about 3x faster than in bfloat16 (forward and backward), unlike the matrix products.
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    mask = torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill_(~visible, -torch.inf)
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+        with torch.autocast(device.type, enabled=False):
+            q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
 
     hidden = backbone.hidden(batch.ids, batch.positions, attend)
     learned = batch.targets != -100
@@ -266,3 +284,73 @@ def train_steps(
         row["seconds"] = time.perf_counter() - started
         row["tokens_per_second"] = int((batch.segments >= 0).sum()) / row["seconds"]
         yield row
+
+
+def corpora(events: Sequence[Event] | None, batch: int) -> tuple[Corpus, list[Past]]:
+    """(what to pretrain on, real pasts it never sees) from outside events, or from agora's splits if there are none.
+
+    A fifth of agora's documents carry another event's signal: its backbone reads signals as a general model would,
+    uncalibrated to that world (DESIGN section 7).
+    """
+    annotate = RuleAnnotator()
+    if events is None:
+        mixture = Mixture(shuffled=0.2)
+        corpus = Corpus(agora.SPLITS["pretrain"], annotate, batch, mixture, lambda i: agora.event("pretrain", i))
+        return corpus, [Past(agora.event("train", i), annotate, batch) for i in range(HELD_OUT)]
+    chosen, kept = pretraining_part(events)
+    if not kept:
+        raise InputError(f"{len(events)} events are too few to pretrain on and to keep a fifth of for tuning")
+    long = [event for event in kept if len(event.actions) >= 10 * batch] or kept
+    return Corpus(chosen, annotate, batch, Mixture()), [Past(event, annotate, batch) for event in long[:HELD_OUT]]
+
+
+def run(run: Run, settings: Mapping[str, Any], events: Sequence[Event] | None, device: torch.device, progress: bool) -> dict:
+    """Pretrain in an open run folder, or go on there: log.jsonl, loss.png and a Hugging Face style folder of the backbone.
+
+    Returns {"parameters", "response": {dimension: slope}}. Raises InputError where the loss is no longer finite.
+    """
+    corpus, held_out = corpora(events, settings["batch"])
+    if not (run.out / "tokenizer.json").exists():
+        trained = train_tokenizer(sample_texts(corpus, 6000, settings["seed"]), SHAPES[settings["shape"]].vocab)
+        for name, content in tokenizer_files().items():
+            write_json(run.out / name, content)
+        write_bytes(run.out / "tokenizer.json", trained.to_str(pretty=False).encode())
+    tokenizer = Tokenizer.load(run.out)
+    shape, state = SHAPES[settings["shape"]], run.out / "state.safetensors"
+    backbone = Backbone(config_for(settings["model_type"], shape, tokenizer.vocab_size))
+    initialise(backbone, torch.Generator().manual_seed(settings["seed"]))
+    backbone.to(device)
+    plan = Settings(settings["steps"], settings["rows"], settings["lr"], settings["seed"])
+    tuned = optimizers(backbone, plan.lr)
+    log, start = run.lines("log.jsonl"), 0
+    if state.exists():
+        tensors = safetensors.torch.load_file(state, device=str(device))
+        start = int(tensors.pop("step"))
+        backbone.load_state_dict({k[2:]: t for k, t in tensors.items() if k.startswith("p.")}, strict=False)
+        load_optimizer_tensors(tuned, {k[2:]: t for k, t in tensors.items() if k.startswith("o.")})
+    log.keep(start)
+    bar = tqdm(total=plan.steps, initial=start, unit="step", disable=not progress)
+    pending: list[dict] = []
+    try:
+        for row in train_steps(backbone, tokenizer, corpus, plan, start, tuned):
+            pending.append(row)
+            bar.update()
+            bar.set_postfix_str(f"loss {row['loss']:.3f}")
+            if len(pending) == settings["save_every"] or row["step"] == plan.steps - 1:
+                tensors = {"p." + name: p.detach().contiguous() for name, p in backbone.named_parameters()}
+                tensors |= {"o." + name: t.contiguous() for name, t in optimizer_tensors(tuned).items()}
+                tensors["step"] = torch.tensor(row["step"] + 1)
+                log.append(pending)
+                pending = []
+                write_bytes(state, safetensors.torch.save(tensors))
+    except FloatingPointError as error:
+        raise InputError(f"{run.out}: {error}; the last good state is in {state.name}") from None
+    bar.close()
+    save_backbone(backbone, run.out)
+    lm = LanguageModel.load(run.out, device=device)
+    response = {d: round(slope(response_curve(lm, held_out, corpus.annotate, d)), 3) for d in WATCHED}
+    report.loss_curve(list(log.rows()), run.out / "loss.png")
+    state.unlink(missing_ok=True)
+    parameters = sum(p.numel() for p in backbone.parameters())
+    run.complete(parameters=parameters, response=response)
+    return {"parameters": parameters, "response": response}

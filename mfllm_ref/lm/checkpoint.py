@@ -1,11 +1,11 @@
-"""Hugging Face style checkpoint folders: config.json + safetensors, in one file or in shards with an index. Never pickle.
+"""Hugging Face style checkpoint folders: config.json + safetensors, one file or shards with an index. Never pickle.
 
 Notable:
-- Strict: the configuration says which tensors there must be, and the files must hold exactly those, in those shapes, finite.
-  All of that but the values is compared before memory is taken: the module is first built on the meta device.
+- Strict: the configuration says which tensors there must be, and the files must hold exactly those, in those shapes,
+  finite. All but the values is compared before memory is taken: the module is first built on the meta device.
 - Frugal: a tensor is mapped, converted and checked in pieces of a few megabytes straight into its final place, and the
-  mapping is closed after each piece, because mapped pages count as memory too. Peak growth is the weights themselves in the
-  requested dtype, and little more.
+  mapping is closed after each piece, because mapped pages count as memory too. Peak growth is the weights themselves in
+  the requested dtype, and little more.
 """
 
 import json
@@ -43,7 +43,7 @@ def load_backbone(path: str | Path, device: str | torch.device = "cpu", dtype: t
     config = Config.from_json(read_json(folder / CONFIG), str(folder / CONFIG))
     with torch.device("meta"):
         backbone = Backbone(config)
-    expected = {name: tuple(parameter.shape) for name, parameter in backbone.named_parameters()}  # a tied head counts once
+    expected = {name: tuple(tensor.shape) for name, tensor in backbone.named_parameters()}  # a tied head counts once
     files = _shards(folder)
     optional = {HEAD: expected[EMBEDDING]} if config.tied else {}
     stored = locate_tensors(files, expected, optional, ignored=lambda name: name.endswith(IGNORED))
@@ -58,17 +58,17 @@ def load_backbone(path: str | Path, device: str | torch.device = "cpu", dtype: t
 def save_backbone(
     backbone: Backbone, path: str | Path, dtype: torch.dtype = torch.bfloat16, extra: Mapping[str, Any] | None = None
 ) -> None:
-    """Write `backbone` to the folder `path` as config.json and model.safetensors, weights in `dtype`, a tied head left out.
-    `extra` entries (eos_token_id, say) are added to config.json. Each file appears complete or not at all."""
+    """Write `backbone` to the folder `path` as config.json and model.safetensors, weights in `dtype`, a tied head left
+    out. `extra` entries (eos_token_id, say) are added to config.json. Each file appears complete or not at all."""
     name = str(dtype).removeprefix("torch.")
     config = backbone.config.to_json() | {"torch_dtype": name, "dtype": name} | dict(extra or {})
-    tensors = {key: parameter.detach() for key, parameter in backbone.named_parameters()}
-    save_folder(Path(path), (CONFIG, config), (WEIGHTS, {key: tensor.to("cpu", dtype) for key, tensor in tensors.items()}))
+    tensors = {key: tensor.detach().to("cpu", dtype) for key, tensor in backbone.named_parameters()}
+    save_folder(Path(path), (CONFIG, config), (WEIGHTS, tensors))
 
 
 def read_json(path: str | Path, unique: bool = False) -> Any:
-    """The parsed JSON of a file. Raises InputError if it is missing, huge, not UTF-8, malformed, holds NaN or Infinity or,
-    with `unique`, repeats a key within an object."""
+    """The parsed JSON of a file. Raises InputError if it is missing, huge, not UTF-8, malformed, holds NaN or Infinity
+    or, with `unique`, repeats a key within an object."""
 
     def refuse(constant: str) -> None:
         raise ValueError(f"{constant} is not JSON")
@@ -100,7 +100,7 @@ def read_json(path: str | Path, unique: bool = False) -> Any:
 
 
 def _shards(folder: Path) -> list[Path]:
-    """The weight files of a checkpoint folder, checked against the index if there is one. A whole file wins over shards."""
+    """A checkpoint folder's weight files, checked against the index if there is one. A whole file wins over shards."""
     if (folder / WEIGHTS).exists() or not (folder / INDEX).exists():
         return [folder / WEIGHTS]
     index = folder / INDEX
@@ -143,8 +143,8 @@ def locate_tensors(
     optional: Mapping[str, tuple[int, ...]] | None = None,
     ignored: Callable[[str], bool] = lambda name: False,
 ) -> dict[str, Path]:
-    """Which of `files` holds which tensor, after checking that together they hold each `expected` tensor (name -> shape) once,
-    perhaps the `optional` ones, and no other but `ignored` names, all in floating point. Reads headers only."""
+    """Which of `files` holds which tensor, after checking that together they hold each `expected` tensor (name ->
+    shape) once, perhaps the `optional` ones, no other but `ignored` names, all in floating point. Reads headers only."""
     files, shapes, stored = list(files), dict(optional or {}) | dict(expected), {}
     for file in files:
         with open_tensors(file) as handle:
@@ -155,11 +155,11 @@ def locate_tensors(
                     raise InputError(f"{file}: duplicate tensor {name!r}, also in {stored[name].name}")
                 if name not in shapes:
                     raise InputError(f"{file}: unexpected tensor {name!r}")
-                tensor = handle.get_slice(name)
-                if tuple(tensor.get_shape()) != tuple(shapes[name]):
-                    raise InputError(f"{file}: tensor {name!r} has shape {tensor.get_shape()}, not {list(shapes[name])}")
-                if tensor.get_dtype() not in FLOATS:
-                    raise InputError(f"{file}: tensor {name!r} is of dtype {tensor.get_dtype()}, not one of {', '.join(FLOATS)}")
+                shape, dtype = handle.get_slice(name).get_shape(), handle.get_slice(name).get_dtype()
+                if tuple(shape) != tuple(shapes[name]):
+                    raise InputError(f"{file}: tensor {name!r} has shape {shape}, not {list(shapes[name])}")
+                if dtype not in FLOATS:
+                    raise InputError(f"{file}: tensor {name!r} is of dtype {dtype}, not one of {', '.join(FLOATS)}")
                 stored[name] = file
     missing = [name for name in expected if name not in stored]
     if missing:
@@ -191,8 +191,8 @@ def read_tensor(
         part = tensor[rows]
         part.copy_(piece)
         if not all(math.isfinite(bound) for bound in torch.aminmax(part)):  # NaN and infinity both reach the bounds
-            kind = "NaN" if bool(piece.isnan().any()) else "infinite"
-            kind = kind if kind == "NaN" or bool(piece.isinf().any()) else f"too large for {str(dtype).removeprefix('torch.')}"
+            kinds = ((piece.isnan(), "NaN"), (piece.isinf(), "infinite"), (part.isinf(), f"too large for {dtype}"))
+            kind = next(kind for found, kind in kinds if bool(found.any()))
             raise InputError(f"{file}: tensor {name!r} holds a value that is {kind}")
     return tensor
 
@@ -205,12 +205,13 @@ def _compare(stored: Mapping[str, Path], name: str, other: str) -> None:
 
 
 def save_folder(folder: Path, config: tuple[str, dict[str, Any]], weights: tuple[str, dict[str, Tensor]]) -> None:
-    """Write a JSON file and a safetensors file, each given as (name, content), into `folder` (made if need be). Both are
-    written and flushed under temporary names first, so that an interruption leaves no half-written file."""
+    """Write a JSON file and a safetensors file, each given as (name, content), into `folder` (made if need be). Both
+    are written and flushed under temporary names first, so that an interruption leaves no half-written file."""
     folder.mkdir(parents=True, exist_ok=True)
     temporary = {name: folder / f".{name}.{os.getpid()}.tmp" for name in (weights[0], config[0])}
     try:
-        save_file({name: tensor.contiguous() for name, tensor in weights[1].items()}, temporary[weights[0]], {"format": "pt"})
+        tensors = {name: tensor.contiguous() for name, tensor in weights[1].items()}
+        save_file(tensors, temporary[weights[0]], {"format": "pt"})
         text = json.dumps(config[1], indent=2, ensure_ascii=False, allow_nan=False, sort_keys=True) + "\n"
         temporary[config[0]].write_text(text, encoding="utf-8")
         for file in temporary.values():

@@ -36,13 +36,14 @@ EFFECTS: dict[str, dict[str, float]] = {
     "support": {"stance": 1, "subjective": 1},
     "oppose": {"stance": -1, "subjective": 1},
     "believe": {"doubt": -1},
+    "affirm": {"doubt": -1, "stance": 1, "subjective": -1},
     "doubt": {"doubt": 1, "counter": 0.5},  # a lone doubt is private; two, a denial or a call for proof counter the claim
-    "deny": {"doubt": 1, "counter": 1, "stance": -1},
+    "deny": {"doubt": 1, "counter": 1, "stance": -1.5},
     "proof": {"doubt": 1, "counter": 1},
     "question": {"question": 1},
     "ask": {"question": 0.5},
     "promotion": {"promotion": 1},
-    "plug": {"promotion": 0.5},  # a link or a hashtag invites only together with another such cue
+    "plug": {"promotion": 0.5, "stance": 0.2},  # a link or hashtag invites only with another; it also is evidence
     "report": {"subjective": -1, "stance": 0.4},  # who reports a claim as news stands behind it
     "opinion": {"subjective": 1},
     "emphasis": {"subjective": 0.5},
@@ -59,6 +60,8 @@ TOKENS = {  # what is not a word; also keeps words inside links, names and title
     "happy": r"[哈嘿嘻]{2,}|2?333+|\b(?:ha|he){2,}h?\b|\blo+l\b",
 }
 FILLER = " \t\r\n\u200b\ufeff.。,、…·~:;-—_/\\|()\"'“”‘’@#&*=><【】[]`^"
+# A leading marker makes a share too; the words after it are the sharer's unless they are quoted from @somebody.
+SHARED = re.compile(r"\s*(?:rt\b|(?:re-?post(?:ing)?|shar(?:ed|ing)(?: this)?|passing this on|fwd|转发?) ?:)")
 FULLWIDTH = str.maketrans("？！，～：；（）’＠＃", "?!,~:;()'@#")
 QUOTED_ZH = re.compile(r"/+\s*@.*|\bRT\s*@.*", re.DOTALL)
 REPLY_ZH = re.compile(r"\s*回[复復覆]\s*@?[^\s:：]{1,40}\s*[:：]")
@@ -120,7 +123,7 @@ class _Rules:
 
     def labels(self, text: str) -> tuple[str, ...]:
         own = self.own_words(text).lower().translate(self.table)
-        share = self.no_own_word.fullmatch(own) is not None
+        share = bool(self.no_own_word.fullmatch(own) or SHARED.match(own))
         score = [0.0] * len(AXES)
         negation = -1  # where the last negation ended
         for match in self.pattern.finditer(own):
@@ -151,13 +154,13 @@ def _decide(share: bool, score: Mapping[str, float]) -> tuple[str, ...]:
     tendency, stance = score["tendency"], score["stance"]
     question = score["question"] >= 1 and score["question"] >= score["promotion"]
     return (
-        "counter" if score["counter"] >= 1 else "spread",
+        "counter" if score["counter"] >= 1 or (score["doubt"] > 0 and stance <= -0.8) else "spread",
         state if score[state] > 0 else "calm",
         "positive" if tendency > 0 else "negative" if tendency < 0 else "neutral",
         "share" if share else "comment",
         "support" if stance >= 0.8 else "oppose" if stance <= -0.8 else "neutral",
         "doubt" if score["doubt"] > 0 else "believe",
-        "subjective" if score["subjective"] > 0 and not share else "objective",
+        "subjective" if score["subjective"] > 0 else "objective",
         "question" if question else "promotion" if score["promotion"] >= 1 else "opinion",
     )
 

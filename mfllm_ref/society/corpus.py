@@ -95,7 +95,7 @@ class Mixture:
     prior: float = 0.1  # of the summaries
     signals: tuple[float, ...] = (0.12, 0.16, 0.16, 0.56)  # of the policy documents, in the order of KINDS
     shuffled: float = 0.0  # of the policy documents: the signal is another event's
-    width: int = 20  # actions a policy document
+    width: int = 32  # actions a policy document, as far as they fit in its row
 
 
 class Corpus:

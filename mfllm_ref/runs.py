@@ -1,0 +1,280 @@
+"""A run folder: one writer at a time, files that are whole or absent, a record of what made them, and resuming.
+
+Notable: the lock is the operating system's (flock), so a killed process leaves none behind. Small files are written
+beside their place and renamed into it; long ones (JSON Lines) only grow, and what a crash tore off their end is cut
+when the run goes on. Everything here that depends on the clock stands under TIME_FIELDS, so that two runs of the same
+settings can be compared byte for byte without them. Whatever the disk refuses is an `InputError` naming the path.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from datetime import datetime
+from importlib import metadata
+from pathlib import Path
+
+from mfllm_ref.errors import InputError
+
+TIME_FIELDS = ("started", "ended", "wall_time", "actions_per_second", "seconds", "tokens_per_second")  # of run.json and log.jsonl
+RUN_FILE, LOCK_FILE = "run.json", ".lock"
+_PACKAGES = ("torch", "triton", "safetensors", "tokenizers", "sentencepiece", "numpy", "matplotlib", "jinja2")
+
+
+# ---- files ---------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _reported(path: Path) -> Iterator[None]:
+    """Turns what the operating system refuses (no space, no right, no such place) into one line that names the path."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}") from error
+
+
+def _json(value: object, indent: int | None = None) -> bytes:
+    # A lone surrogate (a path name that is not UTF-8) becomes \udcxx, which JSON reads back as it was.
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent).encode("utf-8", "backslashreplace")
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all: beside its place, then renamed into it. InputError where the disk refuses."""
+    beside = path.with_name(f".{path.name}.part")
+    with _reported(path):
+        try:
+            with open(beside, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(beside, path)
+        except OSError:
+            beside.unlink(missing_ok=True)
+            raise
+
+
+def write_json(path: Path, value: object) -> None:
+    """`write_bytes` of indented UTF-8 JSON. NaN and infinity are a ValueError: JSON has neither."""
+    write_bytes(path, _json(value, indent=1) + b"\n")
+
+
+def read_json_lines(path: Path) -> Iterator[dict]:
+    """The rows of a JSON Lines file up to the first line that is torn or damaged; none where there is no file."""
+    with _reported(path):
+        if not path.exists():
+            return
+        with open(path, "rb") as file:
+            for line in file:
+                row = _row(line)
+                if row is None:
+                    return
+                yield row
+
+
+def _row(line: bytes) -> dict | None:
+    try:
+        row = json.loads(line) if line.endswith(b"\n") else None
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) else None
+
+
+class JsonLines:
+    """A JSON Lines file that only grows. On opening, whatever follows its valid prefix is cut off."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with _reported(path):
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        self.keep(None)
+
+    def keep(self, rows: int | None) -> None:
+        """Cut the file after its first `rows` rows (None: after all valid ones). `count` is how many there are."""
+        self.count = end = 0
+        with _reported(self.path):
+            with open(self.path, "rb") as file:
+                for line in file:
+                    if self.count == rows or _row(line) is None:
+                        break
+                    self.count += 1
+                    end += len(line)
+            if os.fstat(self._file).st_size > end:
+                os.ftruncate(self._file, end)
+
+    def append(self, rows: Iterable[Mapping]) -> None:
+        """Write rows and wait until they are on the disk, so that what a step reports as done survives a crash."""
+        batch = list(rows)
+        rest = memoryview(b"".join(_json(row) + b"\n" for row in batch))
+        with _reported(self.path):
+            while rest:
+                rest = rest[os.write(self._file, rest) :]
+            os.fsync(self._file)
+        self.count += len(batch)
+
+    def rows(self) -> Iterator[dict]:
+        """The rows so far, read from the disk one at a time."""
+        return read_json_lines(self.path)
+
+    def close(self) -> None:
+        os.close(self._file)
+
+
+# ---- provenance ----------------------------------------------------------------------------------------------------
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file, or of a folder: of the names and digests of all files below it, in order of name."""
+    with _reported(path):
+        if not path.is_dir():
+            with open(path, "rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        names = sorted(below.relative_to(path).as_posix() for below in path.rglob("*") if below.is_file())
+    whole = hashlib.sha256()
+    for name in names:
+        whole.update(os.fsencode(name) + b"\0" + sha256(path / name).encode() + b"\n")
+    return whole.hexdigest()
+
+
+def _git() -> dict[str, str | bool] | None:
+    """The revision of the checkout this code runs from; None where it is not tracked in one, or git is not there."""
+    here = Path(__file__).resolve()
+
+    def git(*arguments: str) -> str | None:
+        try:
+            command = ["git", "-C", str(here.parent), *arguments]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    # An installed copy may lie inside some other project's checkout, whose revision would say nothing.
+    if git("ls-files", "--error-unmatch", here.name) is None:
+        return None
+    revision, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
+    return None if revision is None or changes is None else {"revision": revision, "dirty": bool(changes)}
+
+
+def provenance(inputs: Mapping[str, Path]) -> dict:
+    """What a run must record to be attributable: {"versions", "git", "sha256": {name: digest of each input}}."""
+    versions = {"python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}"}
+    for name in ("mfllm-ref", *_PACKAGES):
+        with contextlib.suppress(metadata.PackageNotFoundError):  # e.g. triton outside Linux, or run from a checkout
+            versions[name] = metadata.version(name)
+    return {"versions": versions, "git": _git(), "sha256": {name: sha256(path) for name, path in inputs.items()}}
+
+
+# ---- the folder ----------------------------------------------------------------------------------------------------
+
+
+def default_out() -> Path:
+    """A new place for a run: runs/<time>, with a number behind it where that is taken."""
+    base = Path("runs") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    candidates = (base.with_name(f"{base.name}-{k}") if k > 1 else base for k in range(1, 1000))
+    return next(path for path in candidates if not path.exists())
+
+
+def _flat(value: Mapping, prefix: str = "") -> dict[str, object]:
+    out: dict[str, object] = {}
+    for key, inner in value.items():
+        out.update(_flat(inner, f"{prefix}{key}.") if isinstance(inner, Mapping) else {f"{prefix}{key}": inner})
+    return out
+
+
+class Run:
+    """An open run folder; see `open_run`. `finished`: it was complete before. `resumed`: it holds an earlier part."""
+
+    def __init__(self, out: Path, record: dict, finished: bool, resumed: bool) -> None:
+        self.out, self.record, self.finished, self.resumed = out, record, finished, resumed
+        self.files: list[JsonLines] = []
+        self._began = time.monotonic() - record.get("wall_time", 0.0)  # an interrupted run's time counts on
+
+    def lines(self, name: str) -> JsonLines:
+        """The folder's JSON Lines file of that name, open for appending until the run closes."""
+        self.files.append(JsonLines(self.out / name))
+        return self.files[-1]
+
+    def write(self, status: str, **fields: object) -> None:
+        """Write run.json: what was given at the start, `fields`, and the time so far in seconds."""
+        ended = datetime.now().isoformat("T", "seconds")
+        times = {"wall_time": round(time.monotonic() - self._began, 3), "ended": ended} if status != "running" else {}
+        self.record = {**self.record, **fields, "status": status, **times}
+        write_json(self.out / RUN_FILE, self.record)
+
+    def complete(self, **fields: object) -> None:
+        """Mark the run as finished, recording `fields` (those of TIME_FIELDS may differ between equal runs)."""
+        self.write("finished", **fields)
+        self.finished = True
+
+
+def _earlier(out: Path, record: Mapping) -> dict | None:
+    """The record of the run that `out` holds, None for a folder that holds nothing. InputError if it is another run."""
+    try:
+        text = (out / RUN_FILE).read_bytes()
+    except FileNotFoundError:
+        return None
+    try:
+        earlier = json.loads(text)
+        then, now = _flat(earlier["settings"]), _flat(json.loads(_json(record["settings"])))
+        then |= _flat({"sha256": earlier["sha256"]})
+        now |= _flat({"sha256": record["sha256"]})
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(f"{out / RUN_FILE}: damaged, cannot resume ({type(error).__name__})") from None
+    for key in sorted(then.keys() | now.keys()):
+        if then.get(key) != now.get(key):
+            raise InputError(f"--resume {out}: {key} was {then.get(key)!r} in that run and is {now.get(key)!r} now")
+    return earlier
+
+
+def _check_place(out: Path, resume: bool) -> None:
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out}: not a folder")
+    with _reported(out):
+        names = {path.name for path in out.iterdir()} if out.exists() else set()
+    held = {name for name in names if name != LOCK_FILE and not name.endswith(".part")}
+    if held and not resume:
+        raise InputError(f"--out {out}: not empty (--resume goes on with an interrupted run)")
+    if held and RUN_FILE not in held:
+        raise InputError(f"--resume {out}: holds files but no {RUN_FILE}, so it is not a run")
+
+
+@contextlib.contextmanager
+def open_run(out: Path, record: Mapping, resume: bool = False) -> Iterator[Run]:
+    """Hold the folder `out` for one run and record what it is; a new `Run`, or the earlier one when resuming.
+
+    record: what run.json says, with "settings" and "sha256" (mappings; on resuming they must be the earlier run's). An
+    absent or empty folder starts anew, with `resume` or without. Left by an exception, run.json says "interrupted" and
+    the folder can be resumed. InputError, in one line: another process writes there, the folder is not empty (without
+    `resume`), holds something else or a run of other settings, or the disk refuses.
+    """
+    _check_place(out, resume)
+    with _reported(out):
+        out.mkdir(parents=True, exist_ok=True)
+        lock = os.open(out / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
+    run = None
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"--out {out}: another run is writing there") from None
+        _check_place(out, resume)  # again, now that nobody else can write: it may have just been another run's
+        earlier = _earlier(out, record) or {}
+        new = {"started": datetime.now().isoformat("T", "seconds"), **record}
+        run = Run(out, earlier or new, finished=earlier.get("status") == "finished", resumed=bool(earlier))
+        if not run.finished:
+            run.write("running")
+        yield run
+    except InputError:
+        raise  # also a full disk: one more write would only hide the message
+    except BaseException:
+        if run is not None and not run.finished:
+            run.write("interrupted")
+        raise
+    finally:
+        for file in run.files if run is not None else ():
+            file.close()
+        os.close(lock)

@@ -1,0 +1,362 @@
+"""The measures against scipy, scikit-learn, brute force, and cases small enough to work out by hand."""
+
+import itertools
+import json
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+from sklearn.metrics import f1_score
+
+from mfllm_ref import metrics
+from mfllm_ref.metrics import dtw, evaluate, f1, kl_divergence, total_variation, wasserstein
+from mfllm_ref.society.events import DIMENSIONS
+
+quick = settings(derandomize=True, deadline=None, max_examples=60)
+weights = st.integers(1, 7).flatmap(
+    lambda n: st.tuples(*[st.lists(st.integers(0, 50), min_size=n, max_size=n).filter(any)] * 2)
+)
+
+
+def normalised(values):
+    return np.asarray(values) / np.sum(values)
+
+
+# ---- contract functions
+
+
+@quick
+@given(weights)
+def test_kl_equals_scipy(pair):
+    """KL(p || q) in nats, also where it is infinite, is scipy's relative entropy; it is never negative, 0 for p = p."""
+    p, q = pair
+    assert kl_divergence(p, q) == pytest.approx(max(stats.entropy(p, q), 0), abs=1e-12)
+    assert kl_divergence(normalised(p), normalised(q)) >= 0
+    assert kl_divergence(p, p) == 0
+
+
+def test_kl_by_hand():
+    assert kl_divergence([0.5, 0.5], [0.25, 0.75]) == pytest.approx(0.5 * math.log(2) + 0.5 * math.log(2 / 3))
+    assert kl_divergence([1, 0], [0.5, 0.5]) == pytest.approx(math.log(2))
+    assert kl_divergence([0.5, 0.5], [1, 0]) == math.inf
+
+
+@quick
+@given(weights)
+def test_wasserstein_equals_scipy(pair):
+    """W1 with labels at equal distances on [0, 1] is scipy's; it is symmetric and at most the total variation."""
+    p, q = pair
+    places = np.linspace(0, 1, len(p))
+    assert wasserstein(p, q) == pytest.approx(stats.wasserstein_distance(places, places, p, q), abs=1e-12)
+    assert wasserstein(p, q) == pytest.approx(wasserstein(q, p), abs=1e-15)
+    assert wasserstein(p, q) <= total_variation(p, q) + 1e-12
+
+
+def test_wasserstein_by_hand():
+    assert wasserstein([1, 0, 0], [0, 0, 1]) == 1
+    assert wasserstein([1, 0, 0], [0, 1, 0]) == 0.5
+    assert wasserstein([0.25, 0.75], [0.75, 0.25]) == 0.5 == total_variation([0.25, 0.75], [0.75, 0.25])
+    assert total_variation([1, 0, 0], [0, 1, 0]) == 1
+
+
+@pytest.mark.parametrize("measure", [kl_divergence, wasserstein, total_variation])
+@pytest.mark.parametrize(
+    "p, q",
+    [
+        ([0.5, 0.5], [1.0]),
+        ([0.5, -0.5], [0.5, 0.5]),
+        ([0.5, float("nan")], [0.5, 0.5]),
+        ([0.5, 0.5], [0.5, float("inf")]),
+        ([0, 0], [0.5, 0.5]),
+        ([0.5, 0.5], [0, 0]),
+        ([], []),
+        ([[0.5, 0.5]], [[0.5, 0.5]]),
+        (1.0, 1.0),
+        ([1e308, 1e308], [0.5, 0.5]),
+        ([0.5, 0.5], ["a", "b"]),
+    ],
+)
+def test_what_is_no_distribution_is_refused(measure, p, q):
+    with pytest.raises(ValueError):
+        measure(p, q)
+
+
+def brute_dtw(x, y):
+    """The cheapest of all warping paths, cell by cell."""
+    x, y = (np.asarray(side, float).reshape(len(side), -1) for side in (x, y))
+    best = {}
+    for i, j in itertools.product(range(len(x)), range(len(y))):
+        before = [best[cell] for cell in ((i - 1, j), (i, j - 1), (i - 1, j - 1)) if cell in best]
+        best[i, j] = np.abs(x[i] - y[j]).sum() + (min(before) if before else 0)
+    return best[len(x) - 1, len(y) - 1] / (len(x) + len(y))
+
+
+series = st.lists(st.integers(0, 9), min_size=1, max_size=9)
+
+
+@quick
+@given(series, series)
+def test_dtw_is_the_cheapest_path(x, y):
+    """The distance is that of the best warping path; it is symmetric, and staying longer at a moment costs nothing."""
+    assert dtw(x, y) == pytest.approx(brute_dtw(x, y))
+    assert dtw(x, y) == pytest.approx(dtw(y, x))
+    assert dtw([value for value in x for _ in range(2)], x) == 0
+    columns, other = np.stack([np.array(x), np.array(x) * 2], 1), np.stack([np.array(y), np.array(y) + 1], 1)
+    assert dtw(columns, other) == pytest.approx(brute_dtw(columns, other))
+
+
+def test_dtw_by_hand():
+    assert dtw([0, 0, 1], [0, 1, 1]) == 0
+    assert dtw([0], [1, 1]) == pytest.approx(2 / 3)
+    assert dtw([[1, 0]], [[0, 1]]) == pytest.approx(2 / 2)
+
+
+@pytest.mark.parametrize(
+    "x, y", [([], [1]), ([1], []), ([1, math.nan], [1]), ([1], [[1]]), ([[1, 2]], [[1]]), (1, 1), ([[[1]]], [[[1]]])]
+)
+def test_dtw_refuses_what_is_no_pair_of_trajectories(x, y):
+    with pytest.raises(ValueError):
+        dtw(x, y)
+
+
+@quick
+@given(st.lists(st.tuples(st.sampled_from("abcd"), st.sampled_from("bcde")), min_size=1, max_size=30))
+def test_f1_equals_scikit_learn(pairs):
+    """Macro and micro F1 are scikit-learn's, also for labels that only one side has."""
+    true, pred = zip(*pairs)
+    for average in ("macro", "micro"):
+        theirs = f1_score(true, pred, average=average, zero_division=0)
+        assert f1(true, pred, average=average) == pytest.approx(theirs, abs=1e-12)
+
+
+@pytest.mark.parametrize("arguments", [([], []), (["a"], ["a", "b"]), (["a"], ["a"], "weighted")])
+def test_f1_refuses(arguments):
+    with pytest.raises(ValueError):
+        f1(*arguments)
+
+
+# ---- windows, rows, evaluate
+
+TAILS = [(1, [1]), (30, [30]), (100, [100]), (149, [149]), (150, [100, 50]), (349, [100, 100, 149])]
+
+
+@pytest.mark.parametrize("count, sizes", TAILS)
+def test_a_tail_under_half_a_window_joins_the_one_before(count, sizes):
+    ids = metrics.windows(count, 100)
+    assert [count for _, count in sorted(Counter(ids.tolist()).items())] == sizes
+    assert (np.diff(ids) >= 0).all()
+
+
+def full(stance):
+    """All eight labels: belief follows stance, the other dimensions are fixed."""
+    fixed = {name: labels[0] for name, labels in DIMENSIONS.items()}
+    return {**fixed, "stance": stance, "belief_degree": "believe" if stance == "support" else "doubt"}
+
+
+def make_rows(event, method, simulated, real, seed=0, warmup=2):
+    rows = []
+    for index, (ours, theirs) in enumerate(zip(["neutral"] * warmup + simulated, ["neutral"] * warmup + real)):
+        phase = "warmup" if index < warmup else "rollout"
+        rows.append({
+            "event": event, "method": method, "seed": seed, "step": index // 10, "index": index, "agent": f"a{index}",
+            "phase": phase, "text": "x", "real_text": "y", "labels": full(ours), "real_labels": full(theirs),
+        })  # fmt: skip
+    return rows
+
+
+def stances(rng, count, p):
+    return rng.choice(["support", "oppose", "neutral"], size=count, p=p).tolist()
+
+
+def pick(rows, event, method, seed):
+    return [r for r in rows if (r["event"], r["method"], r["seed"], r["phase"]) == (event, method, seed, "rollout")]
+
+
+@pytest.fixture(scope="module")
+def society():
+    """Three events of 260 rollout actions, two seeds, three methods: mf-llm near the truth, state far from it."""
+    rng = np.random.default_rng(1)
+    truth = {event: stances(rng, 260, [0.6, 0.3, 0.1]) for event in ("e1", "e2", "e3")}
+    rows = []
+    for method, p in {"state": [0.2, 0.2, 0.6], "recent": [0.4, 0.4, 0.2], "mf-llm": [0.6, 0.3, 0.1]}.items():
+        for event, seed in itertools.product(truth, (0, 1)):
+            rows += make_rows(event, method, stances(rng, 260, p), truth[event], seed)
+    return rows, {"e1": "news", "e2": "news", "e3": "health"}
+
+
+def test_evaluate_follows_the_definitions_word_for_word(society):
+    """Each number once more, from the rows, with the public functions and plain loops."""
+    rows, domains = society
+    result = evaluate(rows, domains, nll={"state": 1.5, "recent": None})
+
+    def counts(items, add=0.0):
+        return np.array([items.count(label) + add for label in ("oppose", "neutral", "support")])
+
+    expected = {measure: [] for measure in metrics.MEASURES}
+    for event, seed in itertools.product(domains, (0, 1)):
+        mine = pick(rows, event, "state", seed)
+        real, ours = ([row[side]["stance"] for row in mine] for side in ("real_labels", "labels"))
+        parts = [slice(0, 100), slice(100, 200), slice(200, 260)]
+        paths = [[normalised(counts(side[k : k + 20])) for k in range(0, 260, 20)] for side in (real, ours)]
+        expected["kl"].append(np.mean([kl_divergence(counts(real[s], 0.5), counts(ours[s], 0.5)) for s in parts]))
+        expected["wasserstein"].append(np.mean([wasserstein(counts(real[s]), counts(ours[s])) for s in parts]))
+        expected["dtw"].append(dtw(*paths))
+        expected["macro_f1"].append(f1(real, ours, average="macro"))
+        expected["micro_f1"].append(f1(real, ours, average="micro"))
+    for measure, values in expected.items():
+        assert result["methods"]["state"][measure]["stance"] == pytest.approx(np.mean(values), abs=1e-12)
+    for entry in result["methods"].values():
+        for measure in metrics.MEASURES:
+            kept = [entry[measure]["stance"], entry[measure]["belief_degree"]]
+            assert entry[measure]["mean"] == pytest.approx(np.mean(kept), abs=1e-12)
+        assert entry["kl_ci95"][0] <= entry["kl"]["mean"] <= entry["kl_ci95"][1]
+    assert set(result["excluded_dimensions"]) == set(DIMENSIONS) - {"stance", "belief_degree"}
+    assert result["excluded_dimensions"]["rumor"] == 0
+
+
+def test_comparisons_with_rivals_floor_and_domains(society):
+    rows, domains = society
+    result = evaluate(rows, domains, nll={"state": 1.5, "recent": None})
+    kl = {method: entry["kl"]["mean"] for method, entry in result["methods"].items()}
+    assert kl["mf-llm"] < kl["recent"] < kl["state"]
+    assert result["reduction"] == {m: pytest.approx(1 - kl["mf-llm"] / kl[m]) for m in ("state", "recent")}
+    floor = result["floor"]["mean"]
+    assert result["gap_closed"]["state"] == pytest.approx((kl["state"] - kl["mf-llm"]) / (kl["state"] - floor))
+    assert result["methods"]["state"]["nll"] == 1.5 and result["methods"]["recent"]["nll"] is None
+    assert "nll.recent" in result["notes"] and "nll.state" not in result["notes"]
+    by_event = result["kl_by_event"]["state"]
+    assert result["by_domain"]["news"]["events"] == 2
+    assert result["by_domain"]["news"]["methods"]["state"] == pytest.approx((by_event["e1"] + by_event["e2"]) / 2)
+    json.dumps(result, allow_nan=False)
+
+
+def test_a_rival_at_the_floor_leaves_no_gap_to_close(society):
+    """Where the rival is not above the floor the closed fraction has no meaning: null and a note."""
+    rows, domains = society
+    high = {event: dict.fromkeys(DIMENSIONS, 9.0) for event in domains}
+    result = evaluate(rows, domains, floors=high)
+    assert result["gap_closed"] == {"state": None, "recent": None} and "gap_closed.state" in result["notes"]
+    assert result["reduction"]["state"] > 0
+
+
+def test_only_the_labels_of_rollout_rows_count(society):
+    """Rows of one world may come in any order; what a warm-up row holds changes nothing; rows may be read only once."""
+    rows, domains = society
+    first = evaluate(rows, domains)
+    shuffled = [rows[k] for k in np.random.default_rng(0).permutation(len(rows))]
+    mixed = sorted(shuffled, key=lambda row: (list(first["methods"]).index(row["method"]), row["event"], row["seed"]))
+    assert evaluate(mixed, domains) == first
+    assert evaluate([dict(row, labels={}) if row["phase"] == "warmup" else row for row in rows], domains) == first
+    assert evaluate(iter(rows), domains) == evaluate(metrics.collect(rows), domains) == first
+
+
+def test_without_ours_or_a_second_event_fields_are_empty_and_say_why(society):
+    rows, domains = society
+    result = evaluate([row for row in rows if row["event"] == "e1" and row["method"] != "mf-llm"], domains)
+    assert result["methods"]["state"]["kl_ci95"] is None and "kl_ci95" in result["notes"]
+    assert result["reduction"] == {} == result["gap_closed"] and "reduction" in result["notes"]
+
+
+def test_methods_are_scored_on_the_events_they_share(society):
+    """An event that one method lacks is left out for all, and noted."""
+    rows, domains = society
+    part = [row for row in rows if (row["event"], row["method"]) != ("e2", "recent")]
+    result, whole = evaluate(part, domains), evaluate([r for r in rows if r["event"] != "e2"], domains)
+    assert result["methods"] == whole["methods"] and "events" in result["notes"]
+    with pytest.raises(ValueError, match="no event"):
+        evaluate([row for row in rows if (row["event"] == "e1") == (row["method"] == "state")], domains)
+
+
+def test_nothing_left_in_the_mean_is_null_with_a_reason():
+    """When the real labels say nothing in any dimension every mean is null, and no number is invented."""
+    rows = [row for event in "ab" for row in make_rows(event, "mf-llm", ["support", "oppose"] * 20, ["support"] * 40)]
+    rows += [row for event in "ab" for row in make_rows(event, "state", ["oppose"] * 40, ["support"] * 40)]
+    result = evaluate(rows, {"a": "news", "b": "news"})
+    assert set(result["excluded_dimensions"]) == set(DIMENSIONS)
+    assert result["methods"]["state"]["kl"]["mean"] is None and "mean" in result["notes"]
+    assert result["methods"]["state"]["kl"]["stance"] > 0
+    json.dumps(result, allow_nan=False)
+
+
+def test_bad_rows_are_refused(society):
+    rows, _ = society
+    with pytest.raises(ValueError, match="twice"):
+        metrics.collect(rows + rows[-1:])
+    with pytest.raises(ValueError, match="event e3, method mf-llm.*maybe"):
+        metrics.collect([dict(rows[-1], labels={**rows[-1]["labels"], "stance": "maybe"})])
+
+
+# ---- floors
+
+
+def test_known_floors_replace_the_split_halves(society):
+    """With the true continuation given, the floor is the KL between the two, by the windows of every other KL."""
+    rows, domains = society
+    mine = pick(rows, "e1", "state", 0)
+    between = metrics.kl_between([r["real_labels"] for r in mine], [r["labels"] for r in mine])
+    alone = evaluate([r for r in rows if (r["event"], r["method"], r["seed"]) == ("e1", "state", 0)], domains)
+    assert between == {name: alone["methods"]["state"]["kl"][name] for name in DIMENSIONS}
+    result = evaluate(rows, domains, floors={event: between for event in domains})
+    assert {name: result["floor"][name] for name in DIMENSIONS} == pytest.approx(between)
+    assert evaluate(rows, domains)["floor"]["stance"] < 0.05 < between["stance"]
+    with pytest.raises(ValueError):
+        metrics.kl_between([mine[0]["labels"]], [])
+
+
+def test_split_half_floor_is_the_kl_of_sampling_alone():
+    """Half the KL of two halves is, on average, the KL of two whole independent samples (it falls as 1/n).
+
+    Both are near (labels - 1) / n for a window of n: (labels - 1) / 2 times the sum of the two sides' 1/n.
+    """
+    rng = np.random.default_rng(0)
+    stance = list(metrics.LABELS).index("stance")
+    half, whole = [], []
+    for seed in range(60):
+        real, other = ([full(label) for label in stances(rng, 200, [0.5, 0.3, 0.2])] for _ in range(2))
+        half.append(metrics.split_half_floor(metrics.encode(real), seed)[stance])
+        whole.append(metrics.kl_between(real, other)["stance"])
+    assert np.mean(half) == pytest.approx(2 / 100, rel=0.2)
+    assert np.mean(whole) == pytest.approx(2 / 100, rel=0.2)
+
+
+def test_an_events_floor_does_not_depend_on_the_other_events(society):
+    rows, domains = society
+    alone = evaluate([row for row in rows if row["event"] == "e3"], domains)
+    assert evaluate(rows, domains)["by_domain"]["health"]["floor"] == alone["floor"]["mean"]
+
+
+# ---- resampling and interventions
+
+
+def test_paired_bootstrap_finds_a_shift_under_common_noise():
+    """What both sides share cancels: the interval is that of the differences, over the events both have."""
+    rng = np.random.default_rng(0)
+    common = {f"e{k}": value for k, value in enumerate(rng.normal(0, 10, 50))}
+    a = {event: value + 0.5 + noise for (event, value), noise in zip(common.items(), rng.normal(0, 0.1, 50))}
+    result = metrics.paired_bootstrap({**a, "alone": 99.0}, common)
+    assert result["events"] == 50 and result["difference"] == pytest.approx(0.5, abs=0.05)
+    assert result["ci95"][0] < result["difference"] < result["ci95"][1]
+    assert 0.035 < result["ci95"][1] - result["ci95"][0] < 0.08  # 2 * 1.96 * 0.1 / sqrt(50) = 0.055
+    assert metrics.paired_bootstrap(a, common) == metrics.paired_bootstrap(a, common)
+    assert metrics.paired_bootstrap({"e0": 1.0}, common)["ci95"] is None
+    with pytest.raises(ValueError):
+        metrics.paired_bootstrap({}, common)
+
+
+def test_intervention_effect_is_a_difference_of_shares(society):
+    """Worlds are paired, from the given step on; where nothing changed every difference is exactly zero."""
+    rows, _ = society
+    with_it = make_rows("e1", "state", ["support"] * 30, ["neutral"] * 30, warmup=10)
+    without = make_rows("e1", "state", ["support"] * 15 + ["oppose"] * 15, ["neutral"] * 30, warmup=10)
+    effect = metrics.intervention_effect(with_it, without)["state"]
+    assert effect["stance"] == {"oppose": -0.5, "neutral": 0, "support": 0.5}
+    late = metrics.intervention_effect(with_it, without, from_step=3)["state"]["stance"]
+    assert late["support"] == 1  # actions 30 to 39
+    same = metrics.intervention_effect(rows, rows)
+    assert all(value == 0 for method in same.values() for shares in method.values() for value in shares.values())
+    with pytest.raises(ValueError):
+        metrics.intervention_effect(with_it, [])
