@@ -115,8 +115,8 @@ def spectral_radius(utility: np.ndarray, coupling: float) -> float:
     """Radius of dF/dm at the disordered fixed point; above 1 disorder is unstable, J/3 where all utilities are equal.
 
     The map is taken without its public field and over the population with its relabellings (each agent once per order
-    of the stances), so that nothing favours a stance and m = 1/3 is a fixed point. There dF/dm = J E[diag(p) - p p^T] is
-    a multiple of the projection on vectors of sum 0, hence half its trace.
+    of the stances), so that nothing favours a stance and m = 1/3 is a fixed point. There dF/dm is
+    J E[diag(p) - p p^T], a multiple of the projection on vectors of sum 0, whose radius is half its trace.
     """
     p = choice_probabilities(utility, coupling, np.zeros(3), np.full(3, 1 / 3))
     return float(coupling * (1 - (p**2).sum(axis=1).mean()) / 2)
@@ -143,7 +143,8 @@ def world(split: str, index: int) -> World:
     name, place = _topic_names(split, index)
     lean = int(told.argmax())
     strong = bool(told.max() - told.mean() > 0.8)
-    topic = agora_text.topic(domain, min(max(int(3 * seen), 0), 2), STANCES[lean], strong, name, place, iter(rng.random(2)))
+    contagion = min(max(int(3 * seen), 0), 2)
+    topic = agora_text.topic(domain, contagion, STANCES[lean], strong, name, place, iter(rng.random(2)))
     field, posts = _shocks(base, rng)
     agents, moods, slots, utility = _population(f"agora-{split}-{index:04d}", place, rng)
     return World(split, index, domain, topic, coupling, half_life, first_opinion, field, posts, agents, moods, slots,
@@ -161,7 +162,7 @@ def _topic_names(split: str, index: int) -> tuple[str, str]:
 
 
 def _shocks(base: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, tuple[PublicPost, ...]]:
-    """The field h(t) [actions, 3], and the public posts that shift it for good; from its index on everyone has seen one."""
+    """The field h(t) [actions, 3], and the public posts that shift it for good, each from its index on."""
     field, posts = np.tile(base, (ACTIONS, 1)), []
     count = int(np.searchsorted(np.cumsum(CONSTANTS["shocks"]), rng.random()))
     for index in sorted(rng.choice(np.arange(WARMUP, ACTIONS - 50, UPDATE), size=count, replace=False)):
@@ -178,7 +179,8 @@ def _population(event_id: str, place: str, rng: np.random.Generator
     Outlooks and occupations are balanced over stances. Influencers have most of the reach and a stance of their own.
     """
     words = grammar()
-    outlooks = [(word, STANCES.index(stance), size) for stance, row in words["outlook"].items() for word, size in row.items()]
+    outlooks = [(word, STANCES.index(stance), size)
+                for stance, row in words["outlook"].items() for word, size in row.items()]
     jobs = [(word, STANCES.index(stance)) for stance in STANCES for word in words["occupations"][stance]]
     moods = list(words["moods"])
     slant = int(rng.integers(3))
@@ -252,8 +254,8 @@ def act(here: World, index: int, stance: int, opinion: np.ndarray, noise: Sequen
     return Action(agent, text, 60.0 * index, agent.reach, None, labels)
 
 
-def proceed(here: World, start: int, opinion: np.ndarray, pending: Sequence[int], noise: np.ndarray, stop: int = ACTIONS,
-            inserted: Mapping[int, Sequence[int]] | None = None) -> list[Action]:
+def proceed(here: World, start: int, opinion: np.ndarray, pending: Sequence[int], noise: np.ndarray,
+            stop: int = ACTIONS, inserted: Mapping[int, Sequence[int]] | None = None) -> list[Action]:
     """Run the process over actions start to stop, from opinion m [3] and the stances not yet taken into it.
 
     noise [stop - start, NOISE] uniforms. inserted: stances that enter m beside the actions before the key's index.
@@ -303,10 +305,11 @@ def world_of(event: Event) -> World:
 
 
 def event(split: str, index: int) -> Event:
-    """Event `index` of `split` (SPLITS): 300 actions, of which 50 are meant as warm-up. InputError where there is none."""
+    """Event `index` of `split` (SPLITS): 300 actions, 50 meant as warm-up. Raises InputError where there is none."""
     here = world(split, index)
     actions = proceed(here, 0, here.first_opinion, (), generator(here.id, "actions").random((ACTIONS, NOISE)))
-    facts = {"J": here.coupling, "half_life": here.half_life, "spectral_radius": spectral_radius(here.utility, here.coupling)}
+    radius = spectral_radius(here.utility, here.coupling)
+    facts = {"J": here.coupling, "half_life": here.half_life, "spectral_radius": radius}
     facts |= {f"h_{stance}": float(value) for stance, value in zip(STANCES, here.field[0])}
     facts |= {f"m0_{stance}": float(value) for stance, value in zip(STANCES, here.first_opinion)}
     return Event(here.id, here.topic, here.domain, "en", tuple(actions), here.posts, facts)

@@ -16,14 +16,10 @@ from typing import Any
 STANCES = ("support", "oppose", "neutral")
 
 
-def grammar_bytes() -> bytes:
-    """The grammar as stored; a test holds its sha256."""
-    return files("mfllm_ref.society").joinpath("agora_grammar.json").read_bytes()
-
-
 @cache
 def grammar() -> dict[str, Any]:
-    return json.loads(grammar_bytes())
+    """The phrases by what they say; a test holds their sha256."""
+    return json.loads(files("mfllm_ref.society").joinpath("agora_grammar.json").read_text(encoding="utf-8"))
 
 
 def pick(options: Sequence[str], u: float) -> str:
@@ -32,7 +28,7 @@ def pick(options: Sequence[str], u: float) -> str:
 
 
 def topic(domain: str, contagion: int, lean: str, strong: bool, name: str, place: str, u: Iterator[float]) -> str:
-    """The topic text: a kind of event says how contagious it is (0 to 2), a second sentence which way the field leans."""
+    """The topic text: its kind says how contagious it is (0 to 2), a second sentence which way the field leans."""
     kind = pick(grammar()["domains"][domain]["kinds"][contagion], next(u))
     return kind.format(name=name, place=place) + " " + pick(grammar()["lean"][lean][strong], next(u))
 

@@ -1,4 +1,4 @@
-"""Agora is an instrument: frozen, a pure function of (split, index), calibrated, and its own process continued exactly."""
+"""Agora is an instrument: frozen, a pure function of (split, index), calibrated, its process continued exactly."""
 
 import dataclasses
 import hashlib
@@ -64,7 +64,7 @@ def test_topics_are_disjoint():
 
 
 def test_calibration():
-    """On dev the mean field matters (m-blind is 4 floors away or more) and can be read (the reader is near the floor)."""
+    """On dev the mean field matters (m-blind is at least 4 floors) and can be read (the reader is near the floor)."""
     table = {name: row.mean() for name, row in ceiling("dev", seeds=1).items()}
     assert table["floor"] <= table["m-blind"] / 4 and table["floor"] <= table["persistence"] / 3
     assert table["floor"] < table["reader"] < 1.5 * table["floor"]
@@ -80,7 +80,8 @@ def test_annotator_reads_the_words():
 
 def test_words_are_short_varied_and_few():
     """Comments are about 5 to 18 words of a small vocabulary, and most occur once."""
-    texts = [a.text for i in range(21) for a in agora.event("pretrain", i).actions if a.labels["behavior_type"] != "share"]
+    actions = [action for index in range(21) for action in agora.event("pretrain", index).actions]
+    texts = [action.text for action in actions if action.labels["behavior_type"] != "share"]
     lengths = np.array([len(text.split()) for text in texts])
     assert np.percentile(lengths, 95) <= 19 and np.median(lengths) >= 8 and lengths.min() >= 3
     assert len(set(texts)) > 0.85 * len(texts)
@@ -148,9 +149,10 @@ def test_spectral_radius_and_mean_field_map():
                                         for d in (1, -1)]), 3.5
     third, step = np.full(3, 1 / 3), 1e-6
     assert agora.mean_field_map(utility, coupling, np.zeros(3), third) == pytest.approx(third)
-    columns = [(agora.mean_field_map(utility, coupling, np.zeros(3), third + step * e)
-                - agora.mean_field_map(utility, coupling, np.zeros(3), third - step * e)) / (2 * step) for e in np.eye(3)]
-    radius = np.abs(np.linalg.eigvals(np.array(columns))).max()
+    ahead, behind = ([agora.mean_field_map(utility, coupling, np.zeros(3), third + sign * step * e) for e in np.eye(3)]
+                     for sign in (1, -1))
+    columns = (np.array(ahead) - np.array(behind)) / (2 * step)
+    radius = np.abs(np.linalg.eigvals(columns)).max()
     assert agora.spectral_radius(utility, coupling) == pytest.approx(radius, rel=1e-6)
     dev = [agora.event("dev", index).facts["spectral_radius"] for index in range(70)]
     assert min(dev) < 0.8 and max(dev) > 1.2 and 0.25 < np.mean(np.array(dev) > 1) < 0.75
@@ -163,7 +165,8 @@ def test_law_of_large_numbers():
     keep, rng, steps, runs = 2.0 ** (-agora.UPDATE / here.half_life), np.random.default_rng(0), 25, 20
     exact = [here.first_opinion]
     for _ in range(steps):
-        exact.append(keep * exact[-1] + (1 - keep) * agora.mean_field_map(here.utility, here.coupling, here.field[0], exact[-1]))
+        expected = agora.mean_field_map(here.utility, here.coupling, here.field[0], exact[-1])
+        exact.append(keep * exact[-1] + (1 - keep) * expected)
     errors, sizes = [], (10, 160, 2560)
     for agents in sizes:
         squares = []
@@ -216,7 +219,8 @@ def test_pretraining_populations_are_weaker_and_varied():
     weak = [agora.world("pretrain", index) for index in range(0, 2100, 30)]
     assert max(w.coupling for w in weak) <= 3.0 and np.mean([w.coupling for w in weak]) < 2.0
     assert min(w.half_life for w in weak) < 30 and max(w.half_life for w in weak) > 120
-    assert all(agora.world("test", i).half_life == 60 and 2 <= agora.world("test", i).coupling <= 4.5 for i in range(140))
+    strong = [agora.world("test", index) for index in range(140)]
+    assert all(w.half_life == 60 and 2 <= w.coupling <= 4.5 for w in strong)
 
 
 @pytest.mark.parametrize("call", [
