@@ -71,7 +71,7 @@ def test_calibration():
 
 
 def test_annotator_reads_the_words():
-    """The rule annotator, a lexicon of English in general, recovers the generating labels, which are varied."""
+    """The rule annotator recovers the generating labels: lexicon and wording were fitted to each other, so no more."""
     table = agreement([agora.event("dev", index) for index in range(70)], RuleAnnotator())
     for dimension in DIMENSIONS:
         assert table[dimension]["accuracy"] >= 0.9
