@@ -100,7 +100,7 @@ def _own(data: Any, where: str) -> Event:
         parents.append(item.get("parent"))
     for index, parent in enumerate(parents):
         if parent is not None and (type(parent) is not int or not 0 <= parent < len(actions) or parent == index):
-            raise InputError(f"{where}: action {index}: 'parent' must be the index of another action, not {show(parent)}")
+            raise InputError(f"{where}: action {index}: 'parent' must be another action's index, not {show(parent)}")
     posts = []
     for number, item in enumerate(list_field(data, "posts", where) if "posts" in data else ()):
         here = f"{where}: post {number}"
@@ -111,7 +111,9 @@ def _own(data: Any, where: str) -> Event:
     facts = data.get("facts", {})
     if not isinstance(facts, dict):
         raise InputError(f"{where}: 'facts' must be a JSON object, not {kind(facts)}")
-    facts = {text_field({"name": name}, "name", f"{where}: facts"): number_field(facts, name, f"{where}: facts") for name in facts}
+    for name in facts:
+        text_field({"a name": name}, "a name", f"{where}: facts")
+    facts = {name: number_field(facts, name, f"{where}: facts") for name in facts}
     return _event(where, id, text_field(data, "topic", where), text_field(data, "domain", where, default="unknown"),
                   data.get("language"), actions, parents, posts, facts)
 
@@ -200,9 +202,10 @@ def _ced(path: Path) -> Iterator[Event]:
     """original-microblog/X.json is the topic, {,non-}rumor-repost/X.json its reposts, newest first."""
     originals = [file for file in _children(path / "original-microblog") if file.suffix == ".json"]
     for original in originals:
-        found = [file for kind in ("rumor-repost", "non-rumor-repost") if (file := path / kind / original.name).is_file()]
+        found = [file for folder in ("rumor-repost", "non-rumor-repost")
+                 if (file := path / folder / original.name).is_file()]
         if len(found) != 1:
-            raise InputError(f"{original}: needs its reposts in one of rumor-repost/ and non-rumor-repost/, found {len(found)}")
+            raise InputError(f"{original}: needs its reposts in rumor-repost/ or in non-rumor-repost/, found {len(found)}")
         topic = objects([parse_json(read_text(original), str(original))], str(original), "microblog")[0]
         where = f"{found[0]}: event {show(original.stem)}"
         posts = objects(parse_json(read_text(found[0]), str(found[0])), where, "repost")[::-1]
@@ -216,7 +219,8 @@ def _ced(path: Path) -> Iterator[Event]:
             actions.append(Action(agents.setdefault(uid, Agent(uid)), text_field(post, "text", here), time))
         ids = [text_field(post, "mid", where, default="") for post in posts]
         parents = _answers(ids, [text_field(post, "parent", where, default="") for post in posts])
-        yield _event(where, original.stem, text_field(topic, "text", str(original)), WEIBO_DOMAIN, "zh", actions, parents)
+        title = text_field(topic, "text", str(original))
+        yield _event(where, original.stem, title, WEIBO_DOMAIN, "zh", actions, parents)
 
 
 def _ced_time(date: str, latest: float, where: str) -> float:
@@ -251,7 +255,9 @@ def _stories(path: Path) -> list[Path]:
     """Story folders (they hold threads, which hold source-tweet/) at `path`, or one or two levels below it."""
     level = [path]
     for _ in range(3):
-        if stories := [folder for folder in level if any((thread / "source-tweet").is_dir() for thread in _children(folder))]:
+        stories = [folder for folder in level
+                   if any((thread / "source-tweet").is_dir() for thread in _children(folder))]
+        if stories:
             return stories
         level = [child for folder in level for child in _children(folder) if child.is_dir()]
     return []
@@ -292,18 +298,20 @@ def _tweet(tweet: Mapping[str, Any], labels: Mapping[str, str], where: str) -> A
         _, month, day, clock, zone, year = created.split()
         time = datetime.fromisoformat(f"{year}-{MONTHS[month]:02d}-{day}T{clock}{zone[:3]}:{zone[3:]}").timestamp()
     except (ValueError, KeyError):
-        raise InputError(f"{where}: 'created_at' must look like Wed Jan 07 11:07:51 +0000 2015, not {show(created)}") from None
+        raise InputError(f"{where}: 'created_at' must look like Wed Jan 07 11:07:51 +0000 2015, "
+                         f"not {show(created)}") from None
     agent = Agent(text_field(user, "id_str" if "id_str" in user else "id", where), profile, followers)
     return Action(agent, text_field(tweet, "text", where), time, followers, labels=labels)
 
 
 def _annotations(split: Path) -> dict[str, dict[str, str]]:
-    """Gold labels by tweet id from subtaskA files in <split>-annotations/ beside the split, in it, or beside its files."""
+    """Gold labels by tweet id, from subtaskA files in <split>-annotations/ beside the split, or inside the split."""
     labels: dict[str, dict[str, str]] = {}
     for folder in (split.with_name(split.name + "-annotations"), split / "annotations", split):
         for file in _children(folder) if folder.is_dir() else ():
             if file.suffix == ".json" and "subtaskA" in file.name:
-                for id, label in objects([parse_json(read_text(file), str(file))], str(file), "object of labels")[0].items():
+                table = objects([parse_json(read_text(file), str(file))], str(file), "table of labels")[0]
+                for id, label in table.items():
                     if not isinstance(label, str) or label not in SDQC:
                         raise InputError(f"{file}: tweet {show(id)}: unknown label {show(label)}: {', '.join(SDQC)}")
                     labels[id] = SDQC[label]
