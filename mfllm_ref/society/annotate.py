@@ -127,7 +127,7 @@ class _Rules:
 
     def labels(self, text: str) -> tuple[str, ...]:
         own = self.own_words(text).lower().translate(self.table)
-        share = bool(self.no_own_word.fullmatch(own) or SHARED.match(own))
+        share = bool(self.no_own_word.fullmatch(own.strip("! ") or own) or SHARED.match(own))  # "!!!" alone is a reaction
         score = [0.0] * len(AXES)
         negation = -1  # where the last negation ended
         for match in self.pattern.finditer(own):
