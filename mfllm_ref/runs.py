@@ -21,7 +21,7 @@ from pathlib import Path
 
 from mfllm_ref.errors import InputError
 
-TIME_FIELDS = ("started", "ended", "wall_time", "actions_per_second", "seconds")  # of run.json and log.jsonl
+TIME_FIELDS = ("started", "ended", "wall_time", "actions_per_second", "seconds", "tokens_per_second")  # of run.json and log.jsonl
 RUN_FILE, LOCK_FILE = "run.json", ".lock"
 _PACKAGES = ("torch", "triton", "safetensors", "tokenizers", "sentencepiece", "numpy", "matplotlib", "jinja2")
 

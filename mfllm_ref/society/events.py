@@ -4,7 +4,9 @@ An event is a topic c and a time-ordered list of actions; an action is an agent'
 action (DESIGN section 6, after the paper's annotation); which label a text carries is the annotator's business.
 """
 
-from collections.abc import Mapping
+import hashlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 DIMENSIONS: dict[str, tuple[str, ...]] = {
@@ -65,3 +67,19 @@ class Event:
     actions: tuple[Action, ...]
     posts: tuple[PublicPost, ...] = ()
     facts: Mapping[str, float] = field(default_factory=dict)
+
+
+def action_ids(actions: Sequence[Action]) -> list[str]:
+    """An id for every action that does not depend on its place in a step: its author and which of theirs it is."""
+    counts: Counter[str] = Counter()
+    ids = []
+    for action in actions:
+        ids.append(f"{action.agent.id}#{counts[action.agent.id]}")
+        counts[action.agent.id] += 1
+    return ids
+
+
+def hashed(*parts: object) -> int:
+    """A 63-bit seed: the same for the same parts on every machine, independent for different ones."""
+    digest = hashlib.blake2b("\x1f".join(map(str, parts)).encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1

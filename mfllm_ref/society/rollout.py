@@ -6,8 +6,6 @@ and, for methods with a mean-field model, m_{t+1} ~ mu(. | c, m_t, s_t, a_t). Ge
 adapters are one batch. Nothing of a real action after the warm-up is read, but who acts next (profile and reach).
 """
 
-import hashlib
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,7 +14,7 @@ import numpy as np
 from mfllm_ref.errors import InputError
 from mfllm_ref.lm import LanguageModel
 from mfllm_ref.society import prompts
-from mfllm_ref.society.events import Action, Event
+from mfllm_ref.society.events import Event, action_ids, hashed
 from mfllm_ref.society.signals import History, Seen
 
 Annotator = Callable[[Sequence[str], str], list[dict[str, str]]]
@@ -80,12 +78,6 @@ class World:
 Intervention = Mapping[int, Sequence[tuple[str, str]]]
 
 
-def hashed(*parts: object) -> int:
-    """A 63-bit seed: the same for the same parts on every machine, independent for different ones."""
-    digest = hashlib.blake2b("\x1f".join(map(str, parts)).encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
-
-
 def horizon(event: Event, settings: Settings) -> int:
     """How many of the event's actions the rollout covers.
 
@@ -95,16 +87,6 @@ def horizon(event: Event, settings: Settings) -> int:
     if settings.warmup >= count:
         raise InputError(f"event {event.id}: --warmup {settings.warmup} leaves none of its {count} actions to simulate")
     return count
-
-
-def action_ids(actions: Sequence[Action]) -> list[str]:
-    """An id for every action that does not depend on its place in a step: its author and which of theirs it is."""
-    counts: Counter[str] = Counter()
-    ids = []
-    for action in actions:
-        ids.append(f"{action.agent.id}#{counts[action.agent.id]}")
-        counts[action.agent.id] += 1
-    return ids
 
 
 class State:

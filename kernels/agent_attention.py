@@ -1,0 +1,246 @@
+"""Attention of many agents over what their world shares and over what is their own.
+
+    out_i = softmax(scale * q_i [K_prefix(world(i)) ; K_suffix(i)]^T + mask) [V_prefix(world(i)) ; V_suffix(i)]
+
+All agents of a world read the same prefix, so its keys and values are stored, and should be read, once a world.
+
+Cost, per layer, with h query and g key heads of size d, n agents a world, t query rows an agent, P and S keys in prefix
+and suffix, e bytes a number: 4 h d t (P + S) FLOPs an agent, either way. Bytes read: 2 g d e (P + S) an agent if every
+agent reads its own copy of the prefix, 2 g d e (P / n + S) if the prefix is read once a world. Decoding (t = 1) is bound
+by these bytes, so n agents gain up to n times.
+
+Notable in the fast path:
+- Agents are laid out as [worlds, agents a world], so the scores on all prefixes are one batched matrix product.
+- The two halves are joined without rescaling anything: a suffix enters the prefix's softmax as one more key, whose score
+  is the suffix's log-sum-exp and whose value is the suffix's attention output. That is exact.
+- Unused slots may hold anything. Masked scores have probability exactly 0, so an unused value does harm only if it is
+  not finite (0 * NaN): then, and only then, the result is computed again from cleaned copies.
+- What depends on lengths alone is a `Plan`; a model with many layers makes it once and passes it to each of them.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+CELLS = 2**19  # scores held at once by the fast path (they should fit in cache), unless a single agent has more
+
+
+def agent_attention_reference(
+    q: Tensor, prefix_k: Tensor, prefix_v: Tensor, prefix_len: Tensor,
+    suffix_k: Tensor, suffix_v: Tensor, suffix_len: Tensor, world: Tensor, window: int | None = None,
+) -> Tensor:  # fmt: skip
+    """`agent_attention` as its definition reads: every agent gets a copy of its prefix. Differentiable, any dtype."""
+    agents, heads, q_len, head_dim = q.shape
+    prefix_max, suffix_max, dtype = prefix_k.shape[2], suffix_k.shape[2], q.dtype
+    world, lengths, own = world.long(), prefix_len.long(), suffix_len.long()[:, None]
+    row = own - q_len + torch.arange(q_len, device=q.device)  # [agents, q_len], suffix position of each query row
+    padding = row < 0
+    before = lengths[world][:, None] if agents else own
+    # Every slot's position in prefix and suffix together, [agents, prefix_max + suffix_max]; unused slots stand nowhere.
+    slot = torch.arange(prefix_max + suffix_max, device=q.device).expand(agents, -1)
+    in_prefix = slot < prefix_max
+    used = torch.where(in_prefix, slot < before, slot - prefix_max < own)
+    key = torch.where(in_prefix, slot, slot - prefix_max + before)[:, None, :]
+    position = (before + row)[:, :, None]
+    visible = used[:, None, :] & (key <= position) & ~padding[:, :, None]
+    if window is not None:
+        visible = visible & (key > position - window)
+    compute = torch.promote_types(dtype, torch.float32)
+    empty = ~used[:, None, :, None]
+    k = torch.cat((prefix_k[world], suffix_k), dim=2).to(compute).masked_fill(empty, 0)
+    v = torch.cat((prefix_v[world], suffix_v), dim=2).to(compute).masked_fill(empty, 0)
+    k, v = (x.repeat_interleave(heads // prefix_k.shape[1], dim=1) for x in (k, v))
+    q = q.to(compute).masked_fill(padding[:, None, :, None], 0)
+    scores = (q @ k.transpose(2, 3)) * head_dim**-0.5
+    nothing = ~visible.any(dim=-1)[:, None, :, None]  # a softmax over nothing is not a number: such rows are set apart
+    scores = scores.masked_fill(~visible[:, None] & ~nothing, -torch.inf)
+    if scores.shape[-1]:
+        scores = scores.softmax(dim=-1)
+    return (scores @ v).masked_fill(nothing, 0).to(dtype)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A run of worlds and agents computed together, each world with `width` slots for agents."""
+
+    agents: slice
+    worlds: slice
+    width: int
+    prefix: int  # keys in the longest of its prefixes
+    slots: Tensor | None  # int64 [worlds * width]: which agent (counted in the piece) fills a slot; None: all in order
+    back: Tensor | None  # int64 [agents]: the slot of each agent
+    hidden: Tensor | None  # bool, prefix keys not seen: broadcasts to [worlds, kv_heads, width, group, q_len, prefix]
+
+
+class Plan:
+    """What `agent_attention` derives from lengths alone. Valid for every layer with the same window.
+
+    heads, q_len and suffix_max are q's and suffix_k's sizes; the rest are agent_attention's own arguments. The tensors may
+    live on any device; the masks are made on `device`. Raises ValueError for lengths that cannot be.
+    """
+
+    def __init__(
+        self, heads: int, q_len: int, prefix_len: Tensor, prefix_max: int, suffix_len: Tensor, suffix_max: int,
+        world: Tensor, window: int | None = None, device: torch.device | str = "cpu",
+    ) -> None:  # fmt: skip
+        prefix, own, of = (x.detach().cpu().numpy().astype(np.int64) for x in (prefix_len, suffix_len, world))
+        if len(own) != len(of) or (of[1:] < of[:-1]).any() or (len(of) and not 0 <= of[0] <= of[-1] < len(prefix)):
+            raise ValueError("world must hold one non-decreasing index into the prefixes for every agent")
+        for name, lengths, most in (("prefix_len", prefix, prefix_max), ("suffix_len", own, suffix_max)):
+            if len(lengths) and not 0 <= lengths.min() <= lengths.max() <= most:
+                raise ValueError(f"{name} must lie between 0 and {most}, the slots there are")
+        if window is not None and window < 1:
+            raise ValueError(f"window must be at least 1, not {window}")
+        if window is not None and len(of) and window >= prefix.max() + own.max():
+            window = None
+        row = own[:, None] - q_len + np.arange(q_len)
+        self.shape = (len(of), heads, q_len)
+        self.padding = torch.from_numpy(row < 0).to(device)[:, None, :, None] if (row < 0).any() else None
+        # A padding row sees its first slot, so that no softmax is over nothing; its result is thrown away.
+        last, key = np.maximum(row, 0)[:, :, None], np.arange(suffix_max)
+        hidden = key > last
+        if window is not None:
+            hidden |= key <= last - window
+        self.suffix_hidden = torch.from_numpy(hidden).to(device)[:, None, None] if hidden.any() else None
+        self.prefix_unused = torch.from_numpy(np.arange(prefix_max) >= prefix[:, None]).to(device)[:, None, :, None]
+        self.suffix_unused = torch.from_numpy(key >= own[:, None]).to(device)[:, None, :, None]
+        first = None if window is None else np.maximum(prefix[of][:, None] + row - window + 1, 0)  # first key seen
+        counts = np.bincount(of, minlength=len(prefix))
+        ends = np.cumsum(counts)
+        runs = _runs(counts, prefix, heads * q_len, suffix_max)
+        self.pieces = [self._piece(run, counts, ends, prefix, first, device) for run in runs]
+
+    @staticmethod
+    def _piece(
+        run: tuple[int, int, int, int], counts: np.ndarray, ends: np.ndarray, prefix: np.ndarray,
+        first: np.ndarray | None, device: torch.device | str,
+    ) -> Piece:  # fmt: skip
+        start, stop, skip, take = run
+        begin = ends[start] - counts[start] + skip
+        end = begin + take if take else ends[stop - 1]
+        sizes = np.array([take]) if take else counts[start:stop]
+        lengths, width = prefix[start:stop], int(sizes.max())
+        longest = int(lengths.max())
+        slots = back = hidden = None
+        agent = np.minimum((np.cumsum(sizes) - sizes)[:, None] + np.arange(width), sizes.sum() - 1).ravel()
+        if (sizes != width).any():
+            back = torch.from_numpy(np.flatnonzero((np.arange(width) < sizes[:, None]).ravel())).to(device)
+            slots = torch.from_numpy(agent).to(device)
+        key = np.arange(longest)
+        if (lengths != longest).any():
+            hidden = (key >= lengths[:, None])[:, None, None, None, None]
+        if first is not None and (first[begin:end] > 0).any():
+            early = key < first[begin:end][agent].reshape(len(sizes), 1, width, 1, -1, 1)
+            hidden = early if hidden is None else early | hidden
+        hidden = None if hidden is None else torch.from_numpy(hidden).to(device)
+        return Piece(slice(int(begin), int(end)), slice(start, stop), width, longest, slots, back, hidden)
+
+
+def _runs(counts: np.ndarray, prefix: np.ndarray, rows: int, suffix: int) -> list[tuple[int, int, int, int]]:
+    """Neighbouring worlds to compute together: (first world, last + 1, agents of it to skip, agents to take or 0 for all).
+    A run is cut where its scores would pass CELLS or where over half of its slots would stay empty."""
+    runs: list[tuple[int, int, int, int]] = []
+    start, worlds = 0, len(counts)
+    while start < worlds:
+        limit = max(1, CELLS // max(1, rows * (int(prefix[start]) + suffix)))
+        if counts[start] > limit:  # even one world is too much: its agents in turns
+            runs += [(start, start + 1, i, int(min(limit, counts[start] - i))) for i in range(0, counts[start], limit)]
+            start += 1
+            continue
+        slots = np.arange(1, worlds - start + 1) * np.maximum.accumulate(counts[start:])
+        scores = slots * rows * (np.maximum.accumulate(prefix[start:]) + suffix)
+        fits = (scores <= CELLS) & (slots <= 2 * np.cumsum(counts[start:]))
+        stop = start + max(1, int(np.argmin(fits)) if not fits.all() else len(fits))
+        if counts[start:stop].any():
+            runs.append((start, stop, 0, 0))
+        start = stop
+    return runs
+
+
+def agent_attention(
+    q: Tensor, prefix_k: Tensor, prefix_v: Tensor, prefix_len: Tensor,
+    suffix_k: Tensor, suffix_v: Tensor, suffix_len: Tensor, world: Tensor, window: int | None = None,
+    *, plan: Plan | None = None,
+) -> Tensor:  # fmt: skip
+    """Grouped-query attention of agents over their world's prefix and their own suffix, scale head_dim**-0.5.
+
+    q [agents, heads, q_len, head_dim]; prefix_k/v [worlds, kv_heads, prefix_max, head_dim]; prefix_len int32 [worlds];
+    suffix_k/v [agents, kv_heads, suffix_max, head_dim]; suffix_len int32 [agents]; world int32 [agents], non-decreasing.
+    Returns the shape and dtype of q.
+
+    An agent's keys are its world's first prefix_len keys, then its own first suffix_len. Query row i stands at suffix
+    position suffix_len - q_len + i and sees all keys up to and including its own; rows at negative positions are padding
+    and return 0. With window w, key j is visible to position i iff i - w < j <= i, over prefix and suffix together.
+    Unused slots may hold NaN. Differentiable where an input requires grad. float16 and bfloat16 are computed in float32.
+
+    plan: what `Plan` makes of the same lengths and window, where many calls share them. Raises ValueError for lengths and
+    shapes that do not fit together.
+    """
+    agents, heads, q_len, head_dim = q.shape
+    if heads % suffix_k.shape[1] or prefix_k.shape[1] != suffix_k.shape[1]:
+        raise ValueError(f"{heads} query heads cannot share {prefix_k.shape[1]} and {suffix_k.shape[1]} key heads")
+    if plan is None:
+        plan = Plan(heads, q_len, prefix_len, prefix_k.shape[2], suffix_len, suffix_k.shape[2], world, window, q.device)
+    if plan.shape != (agents, heads, q_len):
+        raise ValueError(f"the plan was made for {plan.shape} agents, heads and query rows, not {(agents, heads, q_len)}")
+    if agents == 0 or q_len == 0 or suffix_k.shape[2] == 0:
+        return q.masked_fill(torch.ones((), dtype=torch.bool, device=q.device), 0)
+    tensors = [x.to(torch.promote_types(q.dtype, torch.float32)) for x in (q, prefix_k, prefix_v, suffix_k, suffix_v)]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return _grouped(*_clean(tensors, plan), plan).to(q.dtype)
+    out = _grouped(*tensors, plan)
+    if not out.sum().isfinite():
+        out = _grouped(*_clean(tensors, plan), plan)
+    return out.to(q.dtype)
+
+
+def _clean(tensors: list[Tensor], plan: Plan) -> list[Tensor]:
+    """The same tensors with 0 in padding rows and unused slots."""
+    q, prefix_k, prefix_v, suffix_k, suffix_v = tensors
+    q = q if plan.padding is None else q.masked_fill(plan.padding, 0)
+    prefix = [x.masked_fill(plan.prefix_unused, 0) for x in (prefix_k, prefix_v)]
+    return [q, *prefix, *(x.masked_fill(plan.suffix_unused, 0) for x in (suffix_k, suffix_v))]
+
+
+def _grouped(q: Tensor, prefix_k: Tensor, prefix_v: Tensor, suffix_k: Tensor, suffix_v: Tensor, plan: Plan) -> Tensor:
+    """The fast path, piece by piece."""
+    agents, heads, q_len, head_dim = q.shape
+    kv_heads = suffix_k.shape[1]
+    rows = (q * head_dim**-0.5).reshape(agents, kv_heads, -1, head_dim)  # a key head's queries: group * q_len rows
+    done = []
+    for piece in plan.pieces:
+        own, mine = piece.agents, rows[piece.agents]
+        scores = mine @ suffix_k[own].transpose(2, 3)
+        if plan.suffix_hidden is not None:
+            scores = scores.unflatten(2, (-1, q_len)).masked_fill(plan.suffix_hidden[own], -torch.inf).flatten(2, 3)
+        out = scores.softmax(dim=-1) @ suffix_v[own]
+        if piece.prefix:
+            mass = scores.logsumexp(dim=-1, keepdim=True)
+            out = _with_prefix(mine, out, mass, prefix_k[piece.worlds], prefix_v[piece.worlds], piece, q_len)
+        done.append(out)
+    out = (done[0] if len(done) == 1 else torch.cat(done)).reshape(q.shape)
+    return out if plan.padding is None else out.masked_fill(plan.padding, 0)
+
+
+def _with_prefix(
+    rows: Tensor, own: Tensor, mass: Tensor, k: Tensor, v: Tensor, piece: Piece, q_len: int
+) -> Tensor:  # fmt: skip
+    """Join rows' attention over their prefix with `own` [agents, kv_heads, rows, head_dim], their attention over their
+    suffix, whose scores' log-sum-exp is `mass` [agents, kv_heads, rows, 1]."""
+    k, v = k[:, :, : piece.prefix], v[:, :, : piece.prefix]
+    worlds, count = k.shape[0], rows.shape[2]
+
+    def by_world(x: Tensor) -> Tensor:  # [agents, kv_heads, rows, n] -> [worlds, kv_heads, width * rows, n]
+        x = x if piece.slots is None else x[piece.slots]
+        return x.unflatten(0, (worlds, piece.width)).transpose(1, 2).flatten(2, 3)
+
+    scores = by_world(rows) @ k.transpose(2, 3)
+    if piece.hidden is not None:
+        shape = (piece.width, count // q_len, q_len)
+        scores = scores.unflatten(2, shape).masked_fill(piece.hidden, -torch.inf).flatten(2, 4)
+    shares = torch.cat((scores, by_world(mass)), dim=-1).softmax(dim=-1)
+    out = shares[..., :-1] @ v + shares[..., -1:] * by_world(own)
+    out = out.unflatten(2, (piece.width, count)).transpose(1, 2).flatten(0, 1)
+    return out if piece.back is None else out[piece.back]

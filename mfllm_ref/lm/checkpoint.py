@@ -1,0 +1,224 @@
+"""Hugging Face style checkpoint folders: config.json + safetensors, one file or shards with an index. Never pickle.
+
+Notable:
+- Strict: the configuration says which tensors there must be, and the files must hold exactly those, in those shapes,
+  finite. All but the values is compared before memory is taken: the module is first built on the meta device.
+- Frugal: a tensor is mapped, converted and checked in pieces of a few megabytes straight into its final place, and the
+  mapping is closed after each piece, because mapped pages count as memory too. Peak growth is the weights themselves in
+  the requested dtype, and little more.
+"""
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mfllm_ref.errors import InputError
+from mfllm_ref.lm.backbone import Backbone, Config
+
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+IGNORED = "rotary_emb.inv_freq"  # a buffer old checkpoints carry; it follows from the configuration
+FLOATS = ("F64", "F32", "F16", "BF16")
+PIECE = 2**24  # bytes mapped at a time
+LARGEST_JSON = 2**28  # bytes
+
+
+def load_backbone(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Backbone:
+    """The backbone stored in the folder `path`, in eval mode with every parameter frozen, on `device` in `dtype`.
+
+    Raises InputError, naming file and tensor, if the folder is not a complete, valid checkpoint of a supported family.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder")
+    config = Config.from_json(read_json(folder / CONFIG), str(folder / CONFIG))
+    with torch.device("meta"):
+        backbone = Backbone(config)
+    expected = {name: tuple(tensor.shape) for name, tensor in backbone.named_parameters()}  # a tied head counts once
+    files = _shards(folder)
+    optional = {HEAD: expected[EMBEDDING]} if config.tied else {}
+    stored = locate_tensors(files, expected, optional, ignored=lambda name: name.endswith(IGNORED))
+    if config.tied and HEAD in stored:
+        _compare(stored, HEAD, EMBEDDING)
+    tensors = {name: read_tensor(stored[name], name, shape, device, dtype) for name, shape in expected.items()}
+    backbone.load_state_dict(tensors, assign=True, strict=False)  # strictness is above; a tied head is not in `tensors`
+    backbone.tie()
+    return backbone.eval().requires_grad_(False)
+
+
+def save_backbone(
+    backbone: Backbone, path: str | Path, dtype: torch.dtype = torch.bfloat16, extra: Mapping[str, Any] | None = None
+) -> None:
+    """Write `backbone` to the folder `path` as config.json and model.safetensors, weights in `dtype`, a tied head left
+    out. `extra` entries (eos_token_id, say) are added to config.json. Each file appears complete or not at all."""
+    name = str(dtype).removeprefix("torch.")
+    config = backbone.config.to_json() | {"torch_dtype": name, "dtype": name} | dict(extra or {})
+    tensors = {key: tensor.detach().to("cpu", dtype) for key, tensor in backbone.named_parameters()}
+    save_folder(Path(path), (CONFIG, config), (WEIGHTS, tensors))
+
+
+def read_json(path: str | Path, unique: bool = False) -> Any:
+    """The parsed JSON of a file. Raises InputError if it is missing, huge, not UTF-8, malformed, holds NaN or Infinity
+    or, with `unique`, repeats a key within an object."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not JSON")
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        parsed = dict(items)
+        if unique and len(parsed) < len(items):
+            keys = [key for key, _ in items]
+            raise ValueError(f"duplicate entry {next(key for key in keys if keys.count(key) > 1)!r}")
+        return parsed
+
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    try:
+        if path.stat().st_size > LARGEST_JSON:
+            raise InputError(f"{path}: larger than {LARGEST_JSON} bytes, which no such file is")
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse, object_pairs_hook=pairs)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    except RecursionError:
+        raise InputError(f"{path}: JSON nested too deeply") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 ({error})") from error
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(f"{path}: not valid JSON ({error})") from error
+
+
+def _shards(folder: Path) -> list[Path]:
+    """A checkpoint folder's weight files, checked against the index if there is one. A whole file wins over shards."""
+    if (folder / WEIGHTS).exists() or not (folder / INDEX).exists():
+        return [folder / WEIGHTS]
+    index = folder / INDEX
+    content = read_json(index, unique=True)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{index}: no weight_map")
+    for name, entry in weight_map.items():
+        # Anything but a bare name could reach outside the folder. (A symbolic link is the user's own: it is followed.)
+        if not isinstance(entry, str) or entry in ("", ".", "..") or any(mark in entry for mark in "/\\\0"):
+            raise InputError(f"{index}: the entry {entry!r:.80} of tensor {name!r} is not a bare file name")
+    files = [folder / entry for entry in sorted(set(weight_map.values()))]
+    for file in files:
+        with open_tensors(file) as handle:
+            names = set(handle.keys())
+        mapped = {name for name, entry in weight_map.items() if entry == file.name}
+        for name in sorted(mapped - names):
+            raise InputError(f"{file}: missing tensor {name!r}, which the index says is here")
+        for name in sorted(names - mapped):
+            if name in weight_map:
+                raise InputError(f"{file}: duplicate tensor {name!r}, which the index says is in {weight_map[name]}")
+    return files
+
+
+@contextmanager
+def open_tensors(file: Path) -> Iterator[Any]:
+    """A memory-mapped safetensors file (its header is validated on opening), with its errors made InputErrors."""
+    if not file.is_file():
+        raise InputError(f"{file}: no such file")
+    try:
+        with safe_open(file, framework="pt") as handle:
+            yield handle
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{file}: damaged or not a safetensors file ({error})") from error
+
+
+def locate_tensors(
+    files: Iterable[Path],
+    expected: Mapping[str, tuple[int, ...]],
+    optional: Mapping[str, tuple[int, ...]] | None = None,
+    ignored: Callable[[str], bool] = lambda name: False,
+) -> dict[str, Path]:
+    """Which of `files` holds which tensor, after checking that together they hold each `expected` tensor (name ->
+    shape) once, perhaps the `optional` ones, no other but `ignored` names, all in floating point. Reads headers only."""
+    files, shapes, stored = list(files), dict(optional or {}) | dict(expected), {}
+    for file in files:
+        with open_tensors(file) as handle:
+            for name in handle.keys():
+                if ignored(name):
+                    continue
+                if name in stored:
+                    raise InputError(f"{file}: duplicate tensor {name!r}, also in {stored[name].name}")
+                if name not in shapes:
+                    raise InputError(f"{file}: unexpected tensor {name!r}")
+                shape, dtype = handle.get_slice(name).get_shape(), handle.get_slice(name).get_dtype()
+                if tuple(shape) != tuple(shapes[name]):
+                    raise InputError(f"{file}: tensor {name!r} has shape {shape}, not {list(shapes[name])}")
+                if dtype not in FLOATS:
+                    raise InputError(f"{file}: tensor {name!r} is of dtype {dtype}, not one of {', '.join(FLOATS)}")
+                stored[name] = file
+    missing = [name for name in expected if name not in stored]
+    if missing:
+        others = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise InputError(f"{files[0] if len(files) == 1 else files[0].parent}: missing tensor {missing[0]!r}{others}")
+    return stored
+
+
+def _pieces(file: Path, name: str) -> Iterator[tuple[slice, Tensor]]:
+    """A tensor's rows as mapped pieces of about PIECE bytes; each is valid until the next is asked for."""
+    start, rows = 0, 1
+    while start < rows:
+        with open_tensors(file) as handle:
+            view = handle.get_slice(name)
+            shape = view.get_shape()
+            rows, step = shape[0], max(1, PIECE // (8 * math.prod(shape[1:]) or 1))
+            piece = view[start : start + step]
+            yield slice(start, start + step), piece
+            del piece, view
+        start += step
+
+
+def read_tensor(
+    file: Path, name: str, shape: tuple[int, ...], device: str | torch.device, dtype: torch.dtype
+) -> Tensor:
+    """One tensor, converted to `dtype` on `device` piece by piece. Raises InputError if a value is not finite there."""
+    tensor = torch.empty(shape, dtype=dtype, device=device)
+    for rows, piece in _pieces(file, name):
+        part = tensor[rows]
+        part.copy_(piece)
+        if not all(math.isfinite(bound) for bound in torch.aminmax(part)):  # NaN and infinity both reach the bounds
+            kinds = ((piece.isnan(), "NaN"), (piece.isinf(), "infinite"), (part.isinf(), f"too large for {dtype}"))
+            kind = next(kind for found, kind in kinds if bool(found.any()))
+            raise InputError(f"{file}: tensor {name!r} holds a value that is {kind}")
+    return tensor
+
+
+def _compare(stored: Mapping[str, Path], name: str, other: str) -> None:
+    """Refuse two tensors of one shape that should be equal and are not."""
+    for (_, piece), (_, twin) in zip(_pieces(stored[name], name), _pieces(stored[other], other), strict=True):
+        if not bool((piece == twin).all()):
+            raise InputError(f"{stored[name]}: tie_word_embeddings is true but {name!r} differs from {other!r}")
+
+
+def save_folder(folder: Path, config: tuple[str, dict[str, Any]], weights: tuple[str, dict[str, Tensor]]) -> None:
+    """Write a JSON file and a safetensors file, each given as (name, content), into `folder` (made if need be). Both
+    are written and flushed under temporary names first, so that an interruption leaves no half-written file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = {name: folder / f".{name}.{os.getpid()}.tmp" for name in (weights[0], config[0])}
+    try:
+        tensors = {name: tensor.contiguous() for name, tensor in weights[1].items()}
+        save_file(tensors, temporary[weights[0]], {"format": "pt"})
+        text = json.dumps(config[1], indent=2, ensure_ascii=False, allow_nan=False, sort_keys=True) + "\n"
+        temporary[config[0]].write_text(text, encoding="utf-8")
+        for file in temporary.values():
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
+        for name, file in temporary.items():
+            os.replace(file, folder / name)
+    finally:
+        for file in temporary.values():
+            file.unlink(missing_ok=True)

@@ -1,0 +1,265 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685) in PEFT's file format: y = W x + scale * B A x, with W frozen.
+
+Notable:
+- The backbone knows nothing of adapters. An active adapter is a set of forward hooks on the linear layers it adapts;
+  the bare backbone has none and runs at full speed. So one backbone in memory serves several distributions.
+- Adapter weights are float32 even over a bfloat16 backbone (float64 over a float64 one): training needs the digits. The
+  sum is taken in that precision and rounded once.
+- Which layers an adapter_config.json means follows PEFT's rules. An option that would change the result and is not
+  implemented is refused by name, known to this file or not: whatever is not listed as harmless must be off.
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mfllm_ref.errors import InputError
+from mfllm_ref.lm.backbone import Backbone
+from mfllm_ref.lm.checkpoint import locate_tensors, read_json, read_tensor, save_folder
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+ALL_LINEAR = "all-linear"  # PEFT's name for every linear layer but the head
+# What decides the result and is honoured, with PEFT's defaults ...
+HONOURED: dict[str, Any] = {
+    "r": 8, "lora_alpha": 8, "target_modules": None, "exclude_modules": None, "rank_pattern": {}, "alpha_pattern": {},
+    "use_rslora": False, "layers_to_transform": None, "layers_pattern": None,
+}  # fmt: skip
+# ... what does not decide it (dropout acts in training only, and is not applied in training here) ...
+HARMLESS = {
+    "peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "peft_version", "inference_mode",
+    "lora_dropout", "init_lora_weights", "megatron_core", "qalora_group_size",
+}  # fmt: skip
+# ... and everything else must be switched off. Other initialisations than these also move the backbone's own weights.
+INITIALISATIONS = (None, True, False, "gaussian", "orthogonal")
+OFF = (None, False, "none", "", {}, [])
+
+
+@dataclass
+class Adapter:
+    """A set of low-rank updates: for each adapted layer's path A [rank, in], B [out, rank] and the scale of B A."""
+
+    options: dict[str, Any]  # the honoured part of adapter_config.json
+    layers: dict[str, tuple[nn.Parameter, nn.Parameter, float]]
+
+
+class Adapters:
+    """The adapters of one backbone (which is frozen by this): any number by name, at most one of them active."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        self.backbone = backbone.requires_grad_(False)
+        self.adapters: dict[str, Adapter] = {}
+        self.active: str | None = None
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self._merged: dict[str, nn.Parameter] = {}  # the original weights, by layer path, while an adapter is merged
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.adapters
+
+    def add(
+        self,
+        name: str,
+        rank: int = 8,
+        alpha: float = 16.0,
+        targets: Sequence[str] | str = ("q_proj", "v_proj"),
+        seed: int | None = None,
+        **options: Any,
+    ) -> None:
+        """A fresh trainable adapter that changes nothing yet: A Kaiming-uniform as in nn.Linear (from `seed`, else the
+        global generator), B zero, scale alpha / rank. `targets`: layer names or path endings, a regular expression for
+        whole paths, or "all-linear"; `options`: more PEFT options (use_rslora, rank_pattern, ...). Raises InputError.
+        """
+        targets = targets if isinstance(targets, str) else list(targets)
+        options = {"r": rank, "lora_alpha": alpha, "target_modules": targets, "peft_type": "LORA"} | options
+        where = f"adapter {name!r}"
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        layers = {}
+        for path, (rank, scale) in self._new(name, options, where).items():
+            linear = self.backbone.get_submodule(path)
+            a = torch.empty(rank, linear.in_features)
+            nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
+            b = torch.zeros(linear.out_features, rank)
+            layers[path] = (*(nn.Parameter(t.to(linear.weight.device, _dtype(linear))) for t in (a, b)), scale)
+        self.adapters[name] = Adapter(_honoured(options), layers)
+
+    def load(self, name: str, path: str | Path, trainable: bool = False) -> None:
+        """The adapter in the PEFT folder `path`. Raises InputError, naming option or tensor, if it is damaged, for
+        another backbone, or uses what is not implemented here."""
+        folder = Path(path)
+        options = read_json(folder / CONFIG)
+        scales = self._new(name, options, str(folder / CONFIG))
+        expected = {}
+        for layer, (rank, _) in scales.items():
+            linear = self.backbone.get_submodule(layer)
+            a, b = _keys(layer)
+            expected |= {a: (rank, linear.in_features), b: (linear.out_features, rank)}
+        stored = locate_tensors([folder / WEIGHTS], expected)
+        layers = {}
+        for layer, (_, scale) in scales.items():
+            weight, dtype = self.backbone.get_submodule(layer).weight, _dtype(self.backbone.get_submodule(layer))
+            pair = (read_tensor(stored[key], key, expected[key], weight.device, dtype) for key in _keys(layer))
+            layers[layer] = (*(nn.Parameter(tensor, requires_grad=trainable) for tensor in pair), scale)
+        self.adapters[name] = Adapter(_honoured(options), layers)
+
+    def save(self, name: str, path: str | Path) -> None:
+        """Write the adapter as a PEFT folder (adapter_config.json, adapter_model.safetensors), atomically file by file."""
+        adapter = self._get(name)
+        config = adapter.options | {
+            "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": None, "inference_mode": True,
+            "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False, "init_lora_weights": True,
+        }  # fmt: skip
+        tensors: dict[str, Tensor] = {}
+        for layer, (a, b, _) in adapter.layers.items():
+            tensors |= dict(zip(_keys(layer), (a.detach().cpu(), b.detach().cpu()), strict=True))
+        save_folder(Path(path), (CONFIG, config), (WEIGHTS, tensors))
+
+    def remove(self, name: str) -> None:
+        """Forget an adapter, switching it off first if it is the active one."""
+        self._get(name)
+        if self.active == name:
+            self.activate(None)
+        del self.adapters[name]
+
+    def parameters(self, name: str) -> list[nn.Parameter]:
+        """The adapter's A and B, layer by layer, for an optimiser."""
+        return [tensor for a, b, _ in self._get(name).layers.values() for tensor in (a, b)]
+
+    def activate(self, name: str | None) -> None:
+        """Make `name` the one active adapter (None: the bare backbone). Undoes a merge."""
+        adapter = None if name is None else self._get(name)
+        self.unmerge()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        for path, update in adapter.layers.items() if adapter is not None else ():
+            self._hooks.append(self.backbone.get_submodule(path).register_forward_hook(_Update(*update)))
+        self.active = name
+
+    def merge(self, name: str) -> None:
+        """Make `name` active by folding scale * B A into the weights: no cost per token, but no gradient either, and
+        the sum is rounded to the backbone's dtype. The original weights are kept aside."""
+        adapter = self._get(name)
+        self.activate(None)
+        with torch.no_grad():
+            for path, (a, b, scale) in adapter.layers.items():
+                linear = self.backbone.get_submodule(path)
+                self._merged[path] = linear.weight
+                merged = (linear.weight.to(a.dtype) + (b @ a) * scale).to(linear.weight.dtype)
+                linear.weight = nn.Parameter(merged, requires_grad=False)  # new: a tied embedding keeps the old one
+        self.active = name
+
+    def unmerge(self) -> None:
+        """Put the original weights (the very tensors, so every bit) back after `merge`; then no adapter is active."""
+        if self._merged:
+            self.active = None
+        for path, weight in self._merged.items():
+            self.backbone.get_submodule(path).weight = weight
+        self._merged = {}
+
+    def _get(self, name: str) -> Adapter:
+        if name not in self.adapters:
+            raise InputError(f"no adapter named {name!r} (there are: {', '.join(map(repr, self.adapters)) or 'none'})")
+        return self.adapters[name]
+
+    def _new(self, name: str, options: Any, where: str) -> dict[str, tuple[int, float]]:
+        if name in self.adapters:
+            raise InputError(f"an adapter named {name!r} exists already")
+        return resolve(self.backbone, options, where)
+
+
+class _Update:
+    """The forward hook of one adapted linear layer: adds scale * B A x to its output."""
+
+    def __init__(self, a: Tensor, b: Tensor, scale: float) -> None:
+        self.a, self.b, self.scale = a, b, scale
+
+    def __call__(self, linear: nn.Module, inputs: tuple[Tensor], out: Tensor) -> Tensor:
+        return (out + F.linear(F.linear(inputs[0].to(self.a.dtype), self.a) * self.scale, self.b)).to(out.dtype)
+
+
+def _keys(path: str) -> tuple[str, str]:
+    """The names PEFT stores a layer's A and B under."""
+    return f"base_model.model.{path}.lora_A.weight", f"base_model.model.{path}.lora_B.weight"
+
+
+def _dtype(linear: nn.Module) -> torch.dtype:
+    return torch.promote_types(linear.weight.dtype, torch.float32)
+
+
+def _honoured(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: options.get(key, default) for key, default in HONOURED.items()}
+
+
+def resolve(backbone: Backbone, options: Any, where: str) -> dict[str, tuple[int, float]]:
+    """What an adapter_config.json means for this backbone: layer path -> (rank, scale). Raises InputError, beginning
+    with `where`, on options that are invalid, unsupported or match no layer."""
+    if not isinstance(options, dict) or options.get("peft_type") != "LORA":
+        raise InputError(f"{where}: peft_type must be 'LORA'")
+    for key, value in options.items():
+        if key not in HONOURED and key not in HARMLESS and not any(value == off for off in OFF):
+            raise InputError(f"{where}: {key} = {value!r:.80} is not supported")
+    if not any(options.get("init_lora_weights") is known for known in INITIALISATIONS[:3]):
+        if options["init_lora_weights"] not in INITIALISATIONS[3:]:
+            raise InputError(f"{where}: init_lora_weights = {options['init_lora_weights']!r:.80} is not supported")
+    options = _honoured(options)
+    if type(options["use_rslora"]) is not bool:
+        raise InputError(f"{where}: use_rslora must be true or false")
+    try:
+        layers = {}
+        for path, module in backbone.named_modules():
+            if not _targeted(path, module, options):
+                continue
+            if not isinstance(module, nn.Linear):
+                raise InputError(f"{where}: target_modules matches {path!r}, which is not a linear layer")
+            rank = _pattern(options["rank_pattern"], path, options["r"])
+            alpha = _pattern(options["alpha_pattern"], path, options["lora_alpha"])
+            if type(rank) is not int or rank < 1:
+                raise InputError(f"{where}: the rank of {path} must be a positive integer, not {rank!r:.80}")
+            if type(alpha) not in (int, float) or not abs(alpha) < 1e30:
+                raise InputError(f"{where}: lora_alpha of {path} must be a finite number, not {alpha!r:.80}")
+            layers[path] = (rank, alpha / (math.sqrt(rank) if options["use_rslora"] else rank))
+    except (re.error, TypeError, AttributeError) as error:  # a pattern that does not compile, a value of a wrong type
+        raise InputError(f"{where}: invalid target or pattern option ({error})") from error
+    if not layers:
+        raise InputError(f"{where}: target_modules {options['target_modules']!r:.80} matches no layer of this backbone")
+    return layers
+
+
+def _targeted(path: str, module: nn.Module, options: Mapping[str, Any]) -> bool:
+    """PEFT's rule: exclusions first; a string is a regular expression for the whole path; a list holds whole paths or
+    their endings, and only endings are narrowed by layers_to_transform."""
+    targets, indices = options["target_modules"], options["layers_to_transform"]
+    if options["exclude_modules"] and _named(path, options["exclude_modules"]):
+        return False
+    if isinstance(targets, str):
+        if indices is not None or options["layers_pattern"] is not None:
+            raise TypeError("layers_to_transform and layers_pattern need target_modules to be a list")
+        if targets.lower() == ALL_LINEAR:
+            return isinstance(module, nn.Linear) and path != "lm_head"
+        return _named(path, targets)
+    if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+        raise TypeError("target_modules must be a string or a list of strings")
+    if path in targets or not _named(path, targets) or indices is None or indices == []:
+        return _named(path, targets)
+    patterns = options["layers_pattern"] or [r"[^.]*"]
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    matches = (re.match(rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\.", path) for pattern in patterns)
+    found = next((match for match in matches if match is not None), None)
+    return found is not None and int(found["index"]) in ([indices] if isinstance(indices, int) else indices)
+
+
+def _named(path: str, names: str | Sequence[str]) -> bool:
+    if isinstance(names, str):
+        return re.fullmatch(names, path) is not None
+    return path in names or any(path.endswith(f".{name}") for name in names)
+
+
+def _pattern(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
+    """The value of the first pattern that matches the path or an ending of it that follows a dot."""
+    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", path)), default)

@@ -1,0 +1,385 @@
+"""Text to ids and back: tokenizer.json (by `tokenizers`) or tokenizer.model (by `sentencepiece`).
+
+Notable:
+- Nobody's text is ever a control token. The encoder is built without any added token, special or not, so "<|im_end|>" or
+  "</s>" in a post is spelt out like every other text; text that holds none of them splits as the checkpoint's own
+  tokenizer splits it. Decoding knows them all and leaves the special ones out.
+- A chat is rendered from the checkpoint's own template with unguessable words standing for the contents. Added tokens are
+  then looked for in what the template wrote alone, and what lies between two of them, the template's and the users' words
+  joined, is encoded as plain text: the ids are the usual ones, and no content can close its turn.
+"""
+
+import json
+import re
+import secrets
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import sentencepiece
+import tokenizers
+
+from mfllm_ref.errors import InputError
+from mfllm_ref.lm.checkpoint import read_json
+
+NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+USER_DEFINED, CONTROL = 4, 3  # sentencepiece's types of piece
+
+
+class Added(NamedTuple):
+    """A token matched as a whole, apart from the text model."""
+
+    id: int
+    special: bool = True
+    lstrip: bool = False
+    rstrip: bool = False
+    single_word: bool = False
+
+
+class Tokenizer:
+    """Made by `Tokenizer.load`. `vocab_size` counts ids, added tokens included; `eos_ids` end a text; `bos_id` begins a
+    prompt (None where the checkpoint's tokenizer puts nothing in front)."""
+
+    @classmethod
+    def load(cls, path: Path | str) -> "Tokenizer":
+        """The tokenizer of a checkpoint's folder. Raises InputError naming a missing or damaged file."""
+        folder = Path(path)
+        for name, kind in (("tokenizer.json", _Json), ("tokenizer.model", _SentencePiece)):
+            if (folder / name).is_file():
+                return cls(folder, kind(folder / name, _optional(folder / "tokenizer_config.json")))
+        raise InputError(f"{folder}: no tokenizer.json and no tokenizer.model")
+
+    def __init__(self, folder: Path, model: "_Json | _SentencePiece") -> None:
+        self.folder, self.model = folder, model
+        config = _optional(folder / "tokenizer_config.json")
+        self.vocab_size = model.size
+        names = {**_optional(folder / "special_tokens_map.json"), **config}
+        self._names = {key: _content(names[key]) for key in NAMED if _content(names.get(key)) is not None}
+        self._template = _chat_template(folder, config)
+        self._environment: Any = None
+        end = self._id("eos_token")
+        declared: tuple[int, ...] = ()
+        for name in ("generation_config.json", "config.json"):
+            declared = declared or _ids(_optional(folder / name).get("eos_token_id"), folder / name)
+        # A chat model's tokenizer names the token that ends a turn; other models' may name one they never learnt.
+        own = () if end is None or (declared and self._template is None) else (end,)
+        self.eos_ids = tuple(sorted({*declared, *own}))
+        prepends = config.get("add_bos_token")
+        self.bos_id = model.bos if prepends is None else self._id("bos_token") if prepends else None
+
+    def _id(self, name: str) -> int | None:
+        return self.model.id(self._names[name]) if name in self._names else getattr(self.model, name, None)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of plain text: no BOS, no EOS, no added token. Raises InputError for what is not valid Unicode text."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each text."""
+        return self.model.encode([_checked(text) for text in texts])
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids; special ids have none. Raises InputError for an id that does not exist."""
+        return self.decode_batch([ids])[0]
+
+    def decode_batch(self, batch: Sequence[Sequence[int]]) -> list[str]:
+        """`decode` of each sequence."""
+        for ids in batch:
+            if len(ids) and not 0 <= min(ids) <= max(ids) < self.vocab_size:
+                raise InputError(f"{self.folder}: token ids must lie between 0 and {self.vocab_size - 1}")
+        return self.model.decode([list(ids) for ids in batch])
+
+    def chat(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True, **variables: Any) -> list[int]:
+        """Ids of a chat in the checkpoint's own template, BOS included if the template writes one.
+
+        messages: {"role", "content"} each, both text; roles are single words. `variables` go to the template as they are.
+        The template sees a stand-in for each content: a word between the content's own leading and trailing white space
+        (so stripping works, and an empty content is empty), which has none of the content's inner features: a template
+        that looks for "</think>" inside a content does not find it.
+        Raises InputError without a template, for messages that are not so, and for what the template itself refuses.
+        """
+        if self._template is None:
+            raise InputError(f"{self.folder}: the checkpoint has no chat template")
+        contents: dict[str, str] = {}
+        stand_ins = []
+        for message in messages:
+            if set(message) != {"role", "content"} or not re.fullmatch(r"\w+", str(message["role"]), re.ASCII):
+                raise InputError("chat: a message has a role, one word, and a content, and nothing else")
+            core = _checked(message["content"]).strip()
+            word = f"content{secrets.token_hex(16)}x"
+            contents[word] = core
+            stand_ins.append({**message, "content": message["content"].replace(core, word, 1) if core else core})
+        rendered = self._render(stand_ins, add_generation_prompt, variables)
+        # What the template wrote, in even places, and the contents' words, in odd ones.
+        parts = re.split(f"({'|'.join(contents)})", rendered) if contents else [rendered]
+        parts[1::2] = [contents[word] for word in parts[1::2]]
+        return self._encode_parts(parts)
+
+    def _render(self, messages: list[dict[str, str]], add_generation_prompt: bool, variables: dict[str, Any]) -> str:
+        import jinja2
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        def refuse(message: str) -> None:
+            raise jinja2.TemplateError(message)
+
+        def to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:  # jinja2's own escapes HTML
+            return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+        try:
+            if self._environment is None:
+                self._environment = ImmutableSandboxedEnvironment(
+                    trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+                )
+                self._environment.filters["tojson"] = to_json
+                self._environment.globals["raise_exception"] = refuse
+                self._environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+            given = {"tools": None, "documents": None, **self._names, **variables}
+            return self._environment.from_string(self._template).render(
+                messages=messages, add_generation_prompt=add_generation_prompt, **given
+            )
+        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
+            raise InputError(f"{self.folder}: the chat template failed: {error}") from None
+
+    def _encode_parts(self, parts: list[str]) -> list[int]:
+        """Ids of parts joined, with added tokens recognised in even parts only."""
+        text = "".join(parts)
+        found = self.model.find(parts[0])
+        at = len(parts[0])
+        for content, template in zip(parts[1::2], parts[2::2], strict=True):
+            at += len(content)
+            found += [(start + at, end + at, added) for start, end, added in self.model.find(template)]
+            at += len(template)
+        ids, done = [], 0
+        for start, end, added in [*found, (len(text), len(text), None)]:
+            plain = text[done:start]
+            if added is not None and added.lstrip:
+                plain = plain.rstrip()
+            if plain:
+                ids += self.model.encode([plain], first=done == 0)[0]
+            if added is None:
+                break
+            ids.append(added.id)
+            done = end
+            while added.rstrip and done < len(text) and text[done].isspace():
+                done += 1
+        return ids
+
+
+def _checked(text: str) -> str:
+    if not isinstance(text, str):
+        raise InputError(f"text was expected, not {type(text).__name__}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"not valid Unicode text: {error.reason} at character {error.start}") from None
+    return text
+
+
+def _optional(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: a JSON object was expected")
+    return value
+
+
+def _content(token: Any) -> str | None:
+    """A token's text, given as text or as {"content": text, ...}."""
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) else None
+
+
+def _ids(value: Any, where: Path) -> tuple[int, ...]:
+    values = value if isinstance(value, list) else [] if value is None else [value]
+    if any(type(value) is not int or value < 0 for value in values):
+        raise InputError(f"{where}: eos_token_id must be a token id or a list of them, not {value!r:.60}")
+    return tuple(values)
+
+
+def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        try:
+            return file.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise InputError(f"{file}: not valid UTF-8") from None
+    template = _optional(folder / "chat_template.json").get("chat_template", config.get("chat_template"))
+    if isinstance(template, list):  # several, by name
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = named.get("default")
+    if template is not None and not isinstance(template, str):
+        raise InputError(f"{folder}: chat_template must be text")
+    return template
+
+
+class _Model:
+    """What both kinds share: the added tokens. Subclasses set `added`, `size` (of all ids) and `bos`."""
+
+    added: dict[str, Added]
+
+    def find(self, text: str) -> list[tuple[int, int, Added]]:
+        """(start, end, token) of the added tokens in a template's text: leftmost first, the longest of those."""
+        words = sorted(self.added, key=len, reverse=True)
+        pattern = "|".join(rf"\b{re.escape(w)}\b" if self.added[w].single_word else re.escape(w) for w in words)
+        matches = re.finditer(pattern, text) if pattern else ()
+        return [(match.start(), match.end(), self.added[match.group()]) for match in matches]
+
+
+class _Json(_Model):
+    """A tokenizer.json. `full` decodes; `plain` encodes and knows no added token; `later` is `plain` for text that does not
+    begin the input, where some tokenizers put no space in front."""
+
+    def __init__(self, path: Path, config: dict[str, Any]) -> None:
+        spec = read_json(path)
+        try:
+            self.full = tokenizers.Tokenizer.from_str(json.dumps(spec))
+            named = {_content(config.get(key)) for key in NAMED} - {None}
+            self.full.add_special_tokens(sorted(name for name in named if self.full.token_to_id(name) is not None))
+            self.full.no_truncation()
+            self.full.no_padding()
+            self.added = {
+                token.content: Added(id, token.special, token.lstrip, token.rstrip, token.single_word)
+                for id, token in self.full.get_added_tokens_decoder().items()
+            }
+            spec = json.dumps(_without_added(spec, self.added))
+            self.plain = tokenizers.Tokenizer.from_str(spec)
+            once = re.sub(r'("prepend_scheme": )"first"', r'\1"never"', spec)
+            self.later = self.plain if once == spec else tokenizers.Tokenizer.from_str(once)
+            self.size = max(self.full.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+            bare, whole = (self.full.encode("a", add_special_tokens=add).ids for add in (False, True))
+        except Exception as error:  # the library raises nothing more specific
+            raise InputError(f"{path}: not a tokenizer: {error}") from None
+        self.bos = whole[0] if len(whole) > len(bare) and whole[:1] != bare[:1] else None
+
+    def id(self, token: str) -> int | None:
+        return self.full.token_to_id(token)
+
+    def encode(self, texts: list[str], first: bool = True) -> list[list[int]]:
+        encoder = self.plain if first else self.later
+        return [encoding.ids for encoding in encoder.encode_batch(texts, add_special_tokens=False)]
+
+    def decode(self, batch: list[list[int]]) -> list[str]:
+        return self.full.decode_batch(batch, skip_special_tokens=True)
+
+
+def _without_added(spec: dict[str, Any], added: dict[str, Added]) -> dict[str, Any]:
+    """A tokenizer.json's content such that no text gives an added token's id.
+
+    Often an added token is an item of the text model's vocabulary as well. There it is renamed to what no text contains,
+    and merges that make or use it go; a text that does not contain the token never used them. A single character stays:
+    without it, text could not be spelt.
+    """
+    model = dict(spec["model"])
+    nonce = secrets.token_hex(16)
+    names = {token: f"{nonce}{added[token].id}" for token in added if len(token) > 1}
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {names.get(token, token): id for token, id in model["vocab"].items()}
+    else:  # Unigram: [piece, score] by id
+        model["vocab"] = [[names.get(piece, piece), score] for piece, score in model["vocab"]]
+    if isinstance(model.get("unk_token"), str):
+        model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
+    if "merges" in model:
+        infix = model.get("continuing_subword_prefix") or ""
+        merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+        model["merges"] = [
+            [a, b] for a, b in merges if not {a, b, a + b.removeprefix(infix)} & names.keys()
+        ]  # fmt: skip
+    return {**spec, "model": model, "added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
+
+
+class _SentencePiece(_Model):
+    """A tokenizer.model, in Llama-2's and Mistral's conventions: a space is put before the text, unknown characters become
+    bytes, BOS comes first unless tokenizer_config.json says otherwise."""
+
+    def __init__(self, path: Path, config: dict[str, Any]) -> None:
+        extra = _optional(path.with_name("added_tokens.json"))
+        try:
+            proto = _demote(path.read_bytes())
+            space = config.get("add_prefix_space") is not False
+            bare = proto + b"\x1a\x02\x18\x00"  # protobuf merges repeats: normalizer_spec { add_dummy_prefix: false }
+            self.later = sentencepiece.SentencePieceProcessor(model_proto=bare)
+            self.plain = sentencepiece.SentencePieceProcessor(model_proto=proto) if space else self.later
+            if config.get("legacy"):
+                self.later = self.plain
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise InputError(f"{path}: not a sentencepiece model: {error}") from None
+        model = self.plain
+        pieces = [model.id_to_piece(i) for i in range(model.get_piece_size())]
+        self.bytes = {i: int(piece[3:-1], 16) for i, piece in enumerate(pieces) if model.is_byte(i)}
+        self.added = {pieces[i]: Added(i) for i in range(len(pieces)) if model.is_control(i) or model.is_unknown(i)}
+        declared = config.get("added_tokens_decoder", {})
+        for token, id in extra.items():
+            self.added[token] = Added(id)
+        for id, token in declared.items():
+            flags = {key: bool(token.get(key)) for key in ("special", "lstrip", "rstrip", "single_word")}
+            self.added[token["content"]] = Added(int(id), **flags)
+        self.pieces = dict(enumerate(pieces)) | {added.id: token for token, added in self.added.items()}
+        self.ids = {piece: id for id, piece in self.pieces.items()}
+        self.silent = {added.id for added in self.added.values() if added.special}
+        self.strips = space
+        self.size = max(self.pieces) + 1
+        self.bos = model.bos_id() if model.bos_id() >= 0 else None
+        self.eos_token = model.eos_id() if model.eos_id() >= 0 else None
+        self.bos_token = self.bos
+
+    def id(self, token: str) -> int | None:
+        return self.ids.get(token)
+
+    def encode(self, texts: list[str], first: bool = True) -> list[list[int]]:
+        return (self.plain if first else self.later).encode(texts)
+
+    def decode(self, batch: list[list[int]]) -> list[str]:
+        return [self._decode(ids) for ids in batch]
+
+    def _decode(self, ids: list[int]) -> str:
+        """Pieces joined, runs of byte pieces read as UTF-8, the space in front taken off."""
+        text, run = [], bytearray()
+        for id in [*(id for id in ids if id not in self.silent), None]:
+            if id in self.bytes:
+                run.append(self.bytes[id])
+                continue
+            if run:
+                try:
+                    text.append(run.decode())
+                except UnicodeDecodeError:
+                    text.append("\ufffd" * len(run))
+                run.clear()
+            text.append(self.pieces.get(id, "").replace("\u2581", " "))
+        joined = "".join(text)
+        return joined[1:] if self.strips and joined.startswith(" ") else joined
+
+
+def _demote(proto: bytes) -> bytes:
+    """A sentencepiece model with its user-defined pieces, which would be matched in text, made control pieces, which are
+    not. ModelProto's field 1 is a piece, whose field 3 is its type; both are found by walking protobuf's fields."""
+    out, at = bytearray(proto), 0
+
+    def varint(at: int) -> tuple[int, int]:
+        value = shift = 0
+        while True:
+            value |= (out[at] & 127) << shift
+            at, shift = at + 1, shift + 7
+            if out[at - 1] < 128:
+                return value, at
+
+    while at < len(out):
+        key, at = varint(at)
+        if key & 7 != 2:
+            raise ValueError("unexpected field")
+        size, at = varint(at)
+        end = at + size
+        while key == 0x0A and at < end:
+            field, at = varint(at)
+            if field == 0x18 and out[at] == USER_DEFINED:
+                out[at] = CONTROL
+            if field & 7 == 5:
+                at += 4
+            elif field & 7 == 2:
+                size, at = varint(at)
+                at += size
+            else:
+                _, at = varint(at)
+        at = end
+    return bytes(out)

@@ -1,0 +1,356 @@
+"""Pretraining of a small backbone from scratch, so that everything here runs without anyone else's weights.
+
+The corpus shows actions under every kind of signal and none, and summaries written from counts: all methods start from one
+backbone that can read each of their signals. All actions of a document share one prefix, computed once: a block mask lets an
+action's tokens see the prefix and themselves, and positions restart behind the prefix.
+"""
+
+import json
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import tokenizers
+import torch
+import torch.nn.functional as F
+from tokenizers import decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from tqdm import tqdm
+
+from mfllm_ref import report
+from mfllm_ref.errors import InputError
+from mfllm_ref.lm import LanguageModel
+from mfllm_ref.lm.backbone import Backbone
+from mfllm_ref.lm.checkpoint import save_backbone
+from mfllm_ref.lm.config import Config
+from mfllm_ref.lm.tokenizer import Tokenizer
+from mfllm_ref.runs import Run, write_bytes, write_json
+from mfllm_ref.society import agora
+from mfllm_ref.society.annotate import RuleAnnotator
+from mfllm_ref.society.corpus import Corpus, Document, Mixture, Past, pretraining_part
+from mfllm_ref.society.events import Event
+from mfllm_ref.society.response import WATCHED, response_curve, slope
+
+HELD_OUT = 40  # events that the response curve is drawn on
+END = "<|endoftext|>"
+# Newlines stand alone (they end prompts and sections), an emoticon in brackets is one piece, and a percentage is its digits,
+# the last one with its sign: ten tens and ten units are learned from less data than a hundred numbers.
+PIECES = r"\n|\[[^\[\]\s]{1,8}\]| ?100%| ?\d%| ?\d| ?[\p{L}\p{M}]+('\p{L}+)?| ?[^\s\p{L}\p{N}]| ?\p{N}|\s"
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """The size of a backbone to be made."""
+
+    dim: int
+    layers: int
+    heads: int
+    kv_heads: int
+    intermediate: int
+    vocab: int
+
+
+SHAPES = {
+    "tiny": Shape(dim=192, layers=6, heads=6, kv_heads=2, intermediate=512, vocab=2048),
+    "small": Shape(dim=256, layers=6, heads=8, kv_heads=2, intermediate=768, vocab=8192),
+}
+
+
+def config_for(model_type: str, shape: Shape, vocab_size: int) -> Config:
+    """A tied backbone of the family `model_type` with full attention and 4,096 positions."""
+    return Config.from_json(
+        {
+            "model_type": model_type, "vocab_size": vocab_size, "hidden_size": shape.dim,
+            "num_hidden_layers": shape.layers, "num_attention_heads": shape.heads,
+            "num_key_value_heads": shape.kv_heads, "head_dim": shape.dim // shape.heads,
+            "intermediate_size": shape.intermediate, "rms_norm_eps": 1e-6, "rope_theta": 10_000.0,
+            "max_position_embeddings": 4096, "tie_word_embeddings": True, "sliding_window": None,
+        },
+        "the new backbone",
+    )  # fmt: skip
+
+
+def train_tokenizer(texts: Iterable[str], vocab: int) -> tokenizers.Tokenizer:
+    """A byte-fallback BPE of `vocab` entries: id 0 is end of text, then the 256 bytes, then characters and merges.
+
+    Any text encodes, and decodes to itself. Bytes are ordinary entries, not added tokens: no text can spell one.
+    """
+    raw_bytes = [f"<0x{byte:02X}>" for byte in range(256)]
+    tokenizer = tokenizers.Tokenizer(models.BPE(byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(PIECES), "isolated")
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab, special_tokens=[END, *raw_bytes], limit_alphabet=(vocab - 257) * 3 // 5, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    # The trainer can reserve entries only as added tokens, and an added token would be matched in texts.
+    state = json.loads(tokenizer.to_str())
+    state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] == END]
+    return tokenizers.Tokenizer.from_str(json.dumps(state))
+
+
+def tokenizer_files() -> dict[str, dict[str, object]]:
+    """The small JSON files beside tokenizer.json that make the folder load in transformers too."""
+    return {
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END, "pad_token": END,
+            "clean_up_tokenization_spaces": False, "model_max_length": 4096,
+        },
+        "generation_config.json": {"eos_token_id": 0, "pad_token_id": 0},
+    }  # fmt: skip
+
+
+def sample_texts(corpus: Corpus, count: int, seed: int) -> Iterator[str]:
+    """Texts to train a tokenizer on: whole documents, as the backbone will see them."""
+    rng = np.random.default_rng([seed, 0])
+    for _ in range(count):
+        _, document = corpus.draw(rng)
+        yield document.prefix
+        for private, target in document.branches:
+            yield private
+            yield target
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Rows of tokens. `segments`: 0 the prefix, 1, 2, ... the branches, -1 padding; `targets` are -100 where nothing is
+    learned; `sorts` names each row's document. All int64 [rows, time]."""
+
+    ids: Tensor
+    positions: Tensor
+    segments: Tensor
+    targets: Tensor
+    sorts: list[str]
+
+
+def collate(
+    documents: Sequence[tuple[str, Document]], tokenizer: Tokenizer, end: int, longest: int = 368, multiple: int = 16
+) -> Batch:
+    """Tokens of `documents`, one row each; the row length is rounded up to `multiple`.
+
+    Branches that would take a row past `longest` tokens are left out (never its first): one long row makes all rows long.
+    """
+    texts = dict.fromkeys(t for _, d in documents for t in (d.prefix, *(p for branch in d.branches for p in branch)))
+    encoded = dict(zip(texts, tokenizer.encode_batch(list(texts)), strict=True))
+    rows = []
+    for _, document in documents:
+        prefix = encoded[document.prefix]
+        ids, targets, segments, positions = list(prefix), [-100] * len(prefix), [0] * len(prefix), [*range(len(prefix))]
+        for number, (private, target) in enumerate(document.branches, start=1):
+            prompt, answer = encoded[private], [*encoded[target], end]
+            if number > 1 and len(ids) + len(prompt) + len(answer) > longest:
+                break
+            if prompt:  # the prompt's last token predicts the answer's first
+                learned = [-100] * (len(prompt) - 1) + answer
+            else:  # a lone branch with no prompt of its own: the prefix's last token does
+                targets[-1], learned = answer[0], answer[1:]
+            ids += prompt + answer[:-1]
+            targets += learned
+            segments += [number] * len(learned)
+            positions += range(len(prefix), len(prefix) + len(learned))
+        rows.append((ids, positions, segments, targets))
+    time_ = -(-max(len(row[0]) for row in rows) // multiple) * multiple
+    fills = (end, 0, -1, -100)
+    columns = (
+        torch.tensor([row[c] + [fills[c]] * (time_ - len(row[c])) for row in rows], dtype=torch.int64) for c in range(4)
+    )
+    return Batch(*columns, [sort for sort, _ in documents])
+
+
+def block_mask(segments: Tensor) -> Tensor:
+    """bool [rows, 1, time, time], True where row i may look at j: j is not after i, and is in the prefix or i's branch."""
+    time_ = segments.shape[1]
+    causal = torch.ones(time_, time_, dtype=torch.bool, device=segments.device).tril()
+    own = segments[:, :, None] == segments[:, None, :]  # padding sees padding, so that no row of the softmax is empty
+    return (causal & (own | (segments[:, None, :] == 0)))[:, None]
+
+
+def loss_sums(backbone: Backbone, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Negative log-likelihood in nats of each row's targets, and their number: float32 [rows] each."""
+    device, visible = batch.ids.device, block_mask(batch.segments)
+    # On CPU, attention in float32 is about 3x faster than in bfloat16 (forward and backward), unlike the matrix products.
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    mask = torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill_(~visible, -torch.inf)
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with torch.autocast(device.type, enabled=False):
+            q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+
+    hidden = backbone.hidden(batch.ids, batch.positions, attend)
+    learned = batch.targets != -100
+    nll = F.cross_entropy(backbone.logits(hidden[learned]).float(), batch.targets[learned], reduction="none")
+    rows = torch.nonzero(learned)[:, 0]
+    sums = torch.zeros(len(batch.ids), device=nll.device).index_add(0, rows, nll)
+    return sums, torch.bincount(rows, minlength=len(batch.ids)).float()
+
+
+def initialise(backbone: Backbone, generator: torch.Generator) -> None:
+    """Normal weights of deviation fan_in**-0.5, outputs of blocks smaller by sqrt(2 layers); the embedding 0.05."""
+    scale = (2 * backbone.config.layers) ** -0.5
+    for name, parameter in backbone.named_parameters():
+        if parameter.dim() == 2:
+            std = 0.05 if "embed" in name or "lm_head" in name else parameter.shape[1] ** -0.5
+            std *= scale if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
+            with torch.no_grad():
+                parameter.normal_(std=std, generator=generator)
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: int = 50) -> float:
+    """Linear warm-up, a constant, then a linear descent to 0 over the last half."""
+    return peak * min(1.0, (step + 1) / warmup, 2 * (1 - step / steps))
+
+
+def optimizers(backbone: Backbone, lr: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the layers, AdamW for embeddings, norms and biases; each keeps its own peak rate."""
+    inner = [p for name, p in backbone.named_parameters() if p.dim() == 2 and ".layers." in name]
+    rest = [p for name, p in backbone.named_parameters() if p.dim() != 2 or ".layers." not in name]
+    muon = torch.optim.Muon(inner, lr=lr, weight_decay=0.05, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    adamw = torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
+    for optimizer in (muon, adamw):
+        for group in optimizer.param_groups:
+            group["peak"] = lr
+    return [muon, adamw]
+
+
+def optimizer_tensors(optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """The optimizers' state as named tensors, for safetensors: `<optimizer>.<parameter>.<entry>`."""
+    return {
+        f"{k}.{index}.{entry}": torch.as_tensor(value)
+        for k, optimizer in enumerate(optimizers)
+        for index, entries in optimizer.state_dict()["state"].items()
+        for entry, value in entries.items()
+    }
+
+
+def load_optimizer_tensors(optimizers: Sequence[torch.optim.Optimizer], tensors: dict[str, Tensor]) -> None:
+    """The inverse of `optimizer_tensors`, onto optimizers of the same parameters."""
+    for k, optimizer in enumerate(optimizers):
+        state = optimizer.state_dict()
+        state["state"] = {}
+        for name, tensor in tensors.items():
+            owner, index, entry = name.split(".", 2)
+            if owner == str(k):
+                state["state"].setdefault(int(index), {})[entry] = tensor
+        optimizer.load_state_dict(state)
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How a backbone is pretrained. `rows` documents a step; `lr` is the peak learning rate of both optimizers."""
+
+    steps: int = 1500
+    rows: int = 12
+    lr: float = 4e-3
+    seed: int = 0
+    clip: float = 1.0
+
+
+def train_steps(
+    backbone: Backbone, tokenizer: Tokenizer, corpus: Corpus, settings: Settings, start: int,
+    optimizers: Sequence[torch.optim.Optimizer],
+) -> Iterator[dict[str, float]]:  # fmt: skip
+    """Train from step `start` on; yields a row of numbers a step (losses in nats a token). The batch of a step is a pure
+    function of (seed, step), so a run that resumes sees what an uninterrupted one would have seen.
+
+    Raises FloatingPointError, naming the step, when the loss is no longer finite.
+    """
+    backbone.train().requires_grad_(True)
+    device = next(backbone.parameters()).device
+    for step in range(start, settings.steps):
+        started = time.perf_counter()
+        rng = np.random.default_rng([settings.seed, 1, step])
+        batch = collate([corpus.draw(rng) for _ in range(settings.rows)], tokenizer, end=0)
+        batch = Batch(*(t.to(device) for t in (batch.ids, batch.positions, batch.segments, batch.targets)), batch.sorts)
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            sums, counts = loss_sums(backbone, batch)
+        loss = sums.sum() / counts.sum()
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"the loss became {loss.item()} at step {step}")
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(backbone.parameters(), settings.clip)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, settings.steps, group["peak"])
+            optimizer.step()
+            optimizer.zero_grad()
+        row = {"step": step, "loss": loss.item(), "gradient_norm": norm.item()}
+        for name, chosen in (("mean_field", True), ("policy", False)):
+            rows = torch.tensor([(sort == "mean-field") == chosen for sort in batch.sorts], device=device)
+            row[f"{name}_loss"] = (sums[rows].sum() / counts[rows].sum()).item() if rows.any() else None
+        row["seconds"] = time.perf_counter() - started
+        row["tokens_per_second"] = int((batch.segments >= 0).sum()) / row["seconds"]
+        yield row
+
+
+def corpora(events: Sequence[Event] | None, batch: int) -> tuple[Corpus, list[Past]]:
+    """(what to pretrain on, real pasts it never sees) from outside events, or from agora's splits if there are none.
+
+    A fifth of agora's documents carry another event's signal: its backbone reads signals as a general model would,
+    uncalibrated to that world (DESIGN section 7).
+    """
+    annotate = RuleAnnotator()
+    if events is None:
+        mixture = Mixture(shuffled=0.2)
+        corpus = Corpus(agora.SPLITS["pretrain"], annotate, batch, mixture, lambda i: agora.event("pretrain", i))
+        return corpus, [Past(agora.event("train", i), annotate, batch) for i in range(HELD_OUT)]
+    chosen, kept = pretraining_part(events)
+    if not kept:
+        raise InputError(f"{len(events)} events are too few to pretrain on and to keep a fifth of for tuning")
+    long = [event for event in kept if len(event.actions) >= 10 * batch] or kept
+    return Corpus(chosen, annotate, batch, Mixture()), [Past(event, annotate, batch) for event in long[:HELD_OUT]]
+
+
+def run(run: Run, settings: Mapping[str, Any], events: Sequence[Event] | None, device: torch.device, progress: bool) -> dict:
+    """Pretrain in an open run folder, or go on there: log.jsonl, loss.png and a Hugging Face style folder of the backbone.
+
+    Returns {"parameters", "response": {dimension: slope}}. Raises InputError where the loss is no longer finite.
+    """
+    corpus, held_out = corpora(events, settings["batch"])
+    if not (run.out / "tokenizer.json").exists():
+        trained = train_tokenizer(sample_texts(corpus, 6000, settings["seed"]), SHAPES[settings["shape"]].vocab)
+        for name, content in tokenizer_files().items():
+            write_json(run.out / name, content)
+        write_bytes(run.out / "tokenizer.json", trained.to_str(pretty=False).encode())
+    tokenizer = Tokenizer.load(run.out)
+    shape, state = SHAPES[settings["shape"]], run.out / "state.safetensors"
+    backbone = Backbone(config_for(settings["model_type"], shape, tokenizer.vocab_size))
+    initialise(backbone, torch.Generator().manual_seed(settings["seed"]))
+    backbone.to(device)
+    plan = Settings(settings["steps"], settings["rows"], settings["lr"], settings["seed"])
+    tuned = optimizers(backbone, plan.lr)
+    log, start = run.lines("log.jsonl"), 0
+    if state.exists():
+        tensors = safetensors.torch.load_file(state, device=str(device))
+        start = int(tensors.pop("step"))
+        backbone.load_state_dict({k[2:]: t for k, t in tensors.items() if k.startswith("p.")}, strict=False)
+        load_optimizer_tensors(tuned, {k[2:]: t for k, t in tensors.items() if k.startswith("o.")})
+    log.keep(start)
+    bar = tqdm(total=plan.steps, initial=start, unit="step", disable=not progress)
+    pending: list[dict] = []
+    try:
+        for row in train_steps(backbone, tokenizer, corpus, plan, start, tuned):
+            pending.append(row)
+            bar.update()
+            bar.set_postfix_str(f"loss {row['loss']:.3f}")
+            if len(pending) == settings["save_every"] or row["step"] == plan.steps - 1:
+                tensors = {"p." + name: p.detach().contiguous() for name, p in backbone.named_parameters()}
+                tensors |= {"o." + name: t.contiguous() for name, t in optimizer_tensors(tuned).items()}
+                tensors["step"] = torch.tensor(row["step"] + 1)
+                log.append(pending)
+                pending = []
+                write_bytes(state, safetensors.torch.save(tensors))
+    except FloatingPointError as error:
+        raise InputError(f"{run.out}: {error}; the last good state is in {state.name}") from None
+    bar.close()
+    save_backbone(backbone, run.out)
+    lm = LanguageModel.load(run.out, device=device)
+    response = {d: round(slope(response_curve(lm, held_out, corpus.annotate, d)), 3) for d in WATCHED}
+    report.loss_curve(list(log.rows()), run.out / "loss.png")
+    state.unlink(missing_ok=True)
+    parameters = sum(p.numel() for p in backbone.parameters())
+    run.complete(parameters=parameters, response=response)
+    return {"parameters": parameters, "response": response}

@@ -1,0 +1,263 @@
+"""What an action's own words say, as one label a dimension (DESIGN section 6): rules and a lexicon, or a language model.
+
+Notable: the lexicon is data (lexicon.json): classes of zh and en cues, an underscore for a space, `^` for a cue that
+counts only as the whole text. A class adds weights to a few axes (EFFECTS), a negation just before a cue turns them,
+and thresholds make the labels. One regular expression a language, longest cue first, passes once over the text.
+
+Only the writer's own words count: `//@` chains, the name in a reply, 《titles》 and retweeted quotes are cut first.
+Emoticons such as [怒] are the writer's own sentiment label. What has no own word (an empty text, 转发微博, only
+mentions, links or a quote) is a share. A text without a cue gets the defaults below: a plain share passes the claim
+on, as told, without a word of its own, hence spread, calm, neutral, neutral, believe, objective, opinion.
+
+    python -m mfllm_ref.society.annotate --data PATH       agreement with the labels that the events carry
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+
+from mfllm_ref.errors import InputError
+from mfllm_ref.society.events import DIMENSIONS, LANGUAGES, Event
+
+STATES = ("angry", "happy", "sad", "fear", "surprise")
+AXES = (*STATES, "tendency", "stance", "doubt", "counter", "question", "promotion", "subjective")
+EFFECTS: dict[str, dict[str, float]] = {
+    "angry": {"angry": 1, "tendency": -1, "subjective": 1},
+    "happy": {"happy": 1, "tendency": 1, "subjective": 1},
+    "sad": {"sad": 1, "tendency": -1, "subjective": 1},
+    "fear": {"fear": 1, "tendency": -1, "subjective": 1},
+    "surprise": {"surprise": 1, "subjective": 1},
+    "positive": {"tendency": 1, "stance": 0.5, "subjective": 1},
+    "negative": {"tendency": -1, "stance": -0.5, "subjective": 1},
+    "support": {"stance": 1, "subjective": 1},
+    "oppose": {"stance": -1, "subjective": 1},
+    "believe": {"doubt": -1},
+    "affirm": {"doubt": -1, "stance": 1, "subjective": -1},
+    "doubt": {"doubt": 1, "counter": 0.5},  # a lone doubt is private; two, a denial or a call for proof counter the claim
+    "deny": {"doubt": 1, "counter": 1, "stance": -1.5},
+    "proof": {"doubt": 1, "counter": 1},
+    "question": {"question": 1},
+    "ask": {"question": 0.5},
+    "promotion": {"promotion": 1},
+    "plug": {"promotion": 0.5, "stance": 0.2},  # a link or hashtag invites only with another; it also is evidence
+    "report": {"subjective": -1, "stance": 0.4},  # who reports a claim as news stands behind it
+    "opinion": {"subjective": 1},
+    "emphasis": {"subjective": 0.5},
+}
+# What a negation leaves of a cue: stance and belief turn, a negated feeling is no feeling, a question stays one.
+NEGATED = {"tendency": -0.5, "stance": -1.0, "doubt": -1.0, "question": 1.0, "subjective": 1.0}
+TOKENS = {  # what is not a word; also keeps words inside links, names and titles from counting
+    "plug": r"https?:[^\s\u4e00-\u9fff]*|#[^#\s]{1,60}#|#\w+",
+    "name": r"@[^\s:：,，。@]{0,40}",
+    "title": r"《[^》]{0,80}》",
+    "emoticon": r"\[[^\[\]\s]{1,8}\]",
+    "question": r"\?+",
+    "emphasis": r"!+",
+    "happy": r"[哈嘿嘻]{2,}|2?333+|\b(?:ha|he){2,}h?\b|\blo+l\b",
+}
+FILLER = " \t\r\n\u200b\ufeff.。,、…·~:;-—_/\\|()\"'“”‘’@#&*=><【】[]`^"
+# A leading marker makes a share too; the words after it are the sharer's unless they are quoted from @somebody.
+SHARED = re.compile(r"\s*(?:rt\b|(?:re-?post(?:ing)?|shar(?:ed|ing)(?: this)?|passing this on|fwd|转发?) ?:)")
+FULLWIDTH = str.maketrans("？！，～：；（）’＠＃", "?!,~:;()'@#")
+QUOTED_ZH = re.compile(r"/+\s*@.*|\bRT\s*@.*", re.DOTALL)
+REPLY_ZH = re.compile(r"\s*回[复復覆]\s*@?[^\s:：]{1,40}\s*[:：]")
+QUOTED_EN = re.compile(r"""[“"]\s*@\w+:?[^”"]{0,300}[”"]?|\b[RMQ]T\b[\s:]*[“"]?\.?@.*""", re.DOTALL)
+
+
+class _Rules:
+    """The compiled lexicon of one language."""
+
+    def __init__(self, language: str) -> None:
+        data = json.loads(Path(__file__).with_name("lexicon.json").read_text(encoding="utf-8"))
+        self.chinese = language == "zh"
+        self.table = dict(FULLWIDTH)
+        if self.chinese:
+            pairs = data["traditional"]
+            self.table.update(str.maketrans(pairs[::2], pairs[1::2]))
+        classes = {name: [cue.replace("_", " ").translate(self.table) for cue in cues.split()]
+                   for name, cues in data[language].items()}
+        share = classes.pop("share")
+        self.negations = frozenset(classes.pop("negation"))
+        self.effects: dict[str, dict[int, float]] = {cue: {} for cue in (*classes.pop("skip"), *self.negations)}
+        for name, cues in classes.items():
+            for cue in cues:
+                self._add(cue, name)
+                if cue.endswith("?") and name != "question":  # the cue swallows its question mark
+                    self._add(cue, "question")
+        for name in TOKENS:
+            if name in EFFECTS:
+                self._add("\0" + name, name)
+        self._add("\0emoticon", "emphasis")  # an unknown emoticon is at least an expression
+        tokens = "|".join(f"(?P<{name}>{pattern})" for name, pattern in TOKENS.items())
+        literals = [cue for cue in self.effects if cue[0] not in "^\0["]
+        self.pattern = re.compile(f"{tokens}|{self._alternation(literals)}")
+        # Possessive, so that a long text cannot make the matcher backtrack.
+        own = "|".join((TOKENS["plug"], TOKENS["name"], self._alternation(share), f"[{re.escape(FILLER)}]"))
+        self.no_own_word = re.compile(f"(?:{own})*+")
+
+    def _add(self, cue: str, name: str) -> None:
+        axes = self.effects.setdefault(cue, {})
+        for axis, weight in EFFECTS[name].items():
+            axes[AXES.index(axis)] = axes.get(AXES.index(axis), 0.0) + weight
+
+    def _alternation(self, cues: Iterable[str]) -> str:
+        """Longest first, grouped by first character so that the matcher tries few of the cues at each position."""
+        groups: dict[str, list[str]] = {}
+        for cue in sorted(cues, key=lambda cue: (-len(cue), cue)):
+            edge = r"(?![a-z0-9_])" if cue[-1].isascii() and cue[-1].isalnum() else ""
+            groups.setdefault(cue[0], []).append(re.escape(cue[1:]) + edge)
+        parts = []
+        for first, rests in groups.items():
+            edge = r"(?<![a-z0-9_'])" if first.isascii() and first.isalnum() else ""
+            parts.append(f"{edge}{re.escape(first)}(?:{'|'.join(rests)})")
+        return "|".join(parts)
+
+    def own_words(self, text: str) -> str:
+        if self.chinese:
+            return QUOTED_ZH.sub("", REPLY_ZH.sub("", text, count=1))
+        return QUOTED_EN.sub(" ", text)
+
+    def labels(self, text: str) -> tuple[str, ...]:
+        own = self.own_words(text).lower().translate(self.table)
+        share = bool(self.no_own_word.fullmatch(own) or SHARED.match(own))
+        score = [0.0] * len(AXES)
+        negation = -1  # where the last negation ended
+        for match in self.pattern.finditer(own):
+            kind, cue = match.lastgroup, match.group()
+            if kind is None or kind == "emoticon":
+                effect = self.effects.get(cue) or (self.effects["\0emoticon"] if kind else {})
+            else:
+                effect = self.effects.get("\0" + kind, {})
+            negated = negation >= 0 and effect and self._reaches(own[negation:match.start()])
+            for axis, weight in effect.items():
+                score[axis] += weight * NEGATED.get(AXES[axis], 0.0) if negated else weight
+            if negated:
+                negation = -1
+            if cue in self.negations:
+                negation = match.end()
+        for axis, weight in self.effects.get("^" + own.strip(FILLER + "!?"), {}).items():
+            score[axis] += weight
+        return _decide(share, dict(zip(AXES, score)))
+
+    def _reaches(self, gap: str) -> bool:
+        """Whether a negation still governs a cue that begins `gap` after it."""
+        near = len(gap) <= 2 if self.chinese else gap.count(" ") <= 3 and len(gap) <= 24
+        return near and not any(mark in gap for mark in ".,;:!?。、")
+
+
+def _decide(share: bool, score: Mapping[str, float]) -> tuple[str, ...]:
+    state = max(STATES, key=lambda name: score[name])
+    tendency, stance = score["tendency"], score["stance"]
+    question = score["question"] >= 1 and score["question"] >= score["promotion"]
+    return (
+        "counter" if score["counter"] >= 1 or (score["doubt"] > 0 and stance <= -0.8) else "spread",
+        state if score[state] > 0 else "calm",
+        "positive" if tendency > 0 else "negative" if tendency < 0 else "neutral",
+        "share" if share else "comment",
+        "support" if stance >= 0.8 else "oppose" if stance <= -0.8 else "neutral",
+        "doubt" if score["doubt"] > 0 else "believe",
+        "subjective" if score["subjective"] > 0 else "objective",
+        "question" if question else "promotion" if score["promotion"] >= 1 else "opinion",
+    )
+
+
+@lru_cache(maxsize=None)
+def _rules(language: str) -> _Rules:
+    if language not in LANGUAGES:
+        raise InputError(f"unknown language {language!r}: the annotator knows {', '.join(LANGUAGES)}")
+    return _Rules(language)
+
+
+@lru_cache(maxsize=1 << 17)
+def _short(text: str, language: str) -> tuple[str, ...]:
+    return _rules(language).labels(text)
+
+
+def annotate(text: str, language: str) -> dict[str, str]:
+    """The label of every dimension of DIMENSIONS for one action's text. Raises InputError for an unknown language."""
+    labels = _short(text, language) if len(text) <= 280 else _rules(language).labels(text)
+    return dict(zip(DIMENSIONS, labels))
+
+
+class RuleAnnotator:
+    """The annotator every measure uses by default: rules, the same for real, simulated and floor texts."""
+
+    def __call__(self, texts: Sequence[str], language: str) -> list[dict[str, str]]:
+        return [annotate(text, language) for text in texts]
+
+
+Annotator = Callable[[Sequence[str], str], list[dict[str, str]]]
+
+
+def macro_f1(true: Sequence[str], predicted: Sequence[str]) -> float:
+    """Unweighted mean of F1 over the labels that occur in either list."""
+    scores = []
+    for label in set(true) | set(predicted):
+        hits = sum(t == p == label for t, p in zip(true, predicted))
+        scores.append(2 * hits / (sum(t == label for t in true) + sum(p == label for p in predicted)))
+    return sum(scores) / len(scores)
+
+
+def agreement(events: Iterable[Event], annotator: Annotator) -> dict[str, dict[str, float]]:
+    """Predicted labels against those the actions carry, a row a dimension: accuracy, macro-F1, the majority class's, count.
+
+    The row `question` asks of every action with a label whether its intent is a question: RumourEval marks only those.
+    """
+    pairs: dict[str, list[tuple[str, str]]] = {}
+    for event in events:
+        labelled = [action for action in event.actions if action.labels]
+        for action, guess in zip(labelled, annotator([action.text for action in labelled], event.language)):
+            for dimension, label in action.labels.items():
+                pairs.setdefault(dimension, []).append((label, guess[dimension]))
+            asks = ["yes" if labels.get("intent") == "question" else "no" for labels in (action.labels, guess)]
+            pairs.setdefault("question", []).append((asks[0], asks[1]))
+    table = {}
+    for dimension in (*DIMENSIONS, "question"):
+        if dimension in pairs:
+            true, guessed = zip(*pairs[dimension])
+            majority = [max(sorted(set(true)), key=true.count)] * len(true)
+            row = {"count": len(true)}
+            for name, labels in (("", guessed), ("majority_", majority)):
+                row[f"{name}accuracy"] = sum(t == p for t, p in zip(true, labels)) / len(true)
+                row[f"{name}macro_f1"] = macro_f1(true, labels)
+            table[dimension] = row
+    return table
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m mfllm_ref.society.annotate", description="Agreement of the rules "
+                                     "with the labels that events carry, beside always guessing the commonest label.")
+    parser.add_argument("--data", type=Path, help="events with labels (default: the built-in world)")
+    parser.add_argument("--split", default="dev", help="of the built-in world (default: dev)")
+    options = parser.parse_args(arguments)
+    try:
+        table = agreement(_events(options.data, options.split), RuleAnnotator())
+        if not table:
+            raise InputError(f"{options.data}: no action carries a label")
+    except InputError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(f"{'dimension':<20}{'accuracy':>10}{'majority':>10}{'macro-F1':>10}{'majority':>10}{'count':>9}")
+    for dimension, row in table.items():
+        numbers = (row["accuracy"], row["majority_accuracy"], row["macro_f1"], row["majority_macro_f1"])
+        print(f"{dimension:<20}" + "".join(f"{number:>10.3f}" for number in numbers) + f"{row['count']:>9}")
+    return 0
+
+
+def _events(data: Path | None, split: str) -> list[Event]:
+    # Imported here: only the command needs events from somewhere, the annotators see texts alone.
+    if data is not None:
+        from mfllm_ref.society.readers import load_events
+        return load_events(data)
+    from mfllm_ref.society import agora
+    if split not in agora.SPLITS:
+        raise InputError(f"--split {split}: the built-in world has {', '.join(agora.SPLITS)}")
+    return [agora.event(split, index) for index in range(agora.SPLITS[split])]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,125 @@
+"""Training documents: what real populations would have been told and did, under every kind of signal.
+
+A document is one prefix and its branches: the prefix is the shared part of a prompt, a branch one agent's private part and
+the text to learn. All branches of a document are trained against one computation of the prefix (see pretrain's block mask).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mfllm_ref.society import prompts
+from mfllm_ref.society.events import Event, action_ids, hashed
+from mfllm_ref.society.prompts import Signal
+from mfllm_ref.society.rollout import Annotator
+from mfllm_ref.society.signals import History, Seen, verbalise
+
+KINDS = ("none", "recent", "popular", "empirical")
+TUNING_SHARE = 0.21  # of an outside data set's events, kept from pretraining for tuning later: 200 of 952
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """`branches` are (private prompt, target); every target is followed by end of text."""
+
+    prefix: str
+    branches: tuple[tuple[str, str], ...]
+
+
+def pretraining_part(events: Sequence[Event]) -> tuple[list[Event], list[Event]]:
+    """(events to pretrain on, events kept for tuning), chosen by a hash of the event's id alone."""
+    order = sorted(events, key=lambda event: hashed("tuning", event.id))
+    kept = round(TUNING_SHARE * len(events))
+    return sorted(order[kept:], key=lambda e: e.id), sorted(order[:kept], key=lambda e: e.id)
+
+
+class Past:
+    """What every step of one real event could be told: its signals, and the population in words before and after it."""
+
+    def __init__(self, event: Event, annotate: Annotator, batch: int) -> None:
+        self.event, self.batch = event, batch
+        labels = annotate([action.text for action in event.actions], event.language)
+        self.seen = [
+            Seen(name, i, a.agent.profile, a.text, row, a.popularity, a.parent)
+            for i, (name, a, row) in enumerate(zip(action_ids(event.actions), event.actions, labels, strict=True))
+        ]
+        history = History(batch)
+        self.signals: list[dict[str, Signal | None]] = []
+        self.population = [""]  # the exact empirical shares in words, at the start of each step
+        for step in range(self.steps):
+            self.signals.append({kind: history.signal(kind, event.language) for kind in KINDS})
+            history.update(self.actions(step))
+            self.population.append(verbalise(history.population(), event.language))
+
+    @property
+    def steps(self) -> int:
+        return -(-len(self.event.actions) // self.batch)
+
+    def actions(self, step: int, width: int | None = None) -> list[Seen]:
+        start = step * self.batch
+        return self.seen[start : start + (width or self.batch)]
+
+    def posts(self, step: int) -> list[str]:
+        return [post.text for post in self.event.posts if post.index <= step * self.batch]
+
+    def policy(self, step: int, kind: str, width: int, signal_of: "Past | None" = None) -> Document:
+        """`width` actions from `step` on, each given the signal of `kind` at the step's start (or another event's)."""
+        event = self.event
+        source = signal_of or self
+        signal = source.signals[min(step, source.steps - 1)][kind]
+        prefix = prompts.policy_shared(event.language, event.topic, self.posts(step), signal)
+        branches = tuple(
+            (prompts.policy_private(event.language, seen.profile), prompts.continuation(seen.text))
+            for seen in self.actions(step, width)
+        )
+        return Document(prefix, branches)
+
+    def mean_field(self, step: int, prior: bool) -> Document:
+        """The summary after `step`, written by the verbaliser from counts; as the prior, neither topic nor history."""
+        event = self.event
+        prompt = prompts.prior_prompt(event.language)
+        if not prior:
+            listed = [(a.profile, a.text) for a in sorted(self.actions(step), key=lambda a: (a.text, a.id))]
+            prompt = prompts.mean_field_prompt(
+                event.language, event.topic, self.posts(step), self.population[step], listed
+            )
+        return Document(prompt, (("", self.population[step + 1]),))
+
+
+@dataclass(frozen=True, slots=True)
+class Mixture:
+    """What share of documents is of which sort."""
+
+    summaries: float = 0.25
+    prior: float = 0.1  # of the summaries
+    signals: tuple[float, ...] = (0.12, 0.16, 0.16, 0.56)  # of the policy documents, in the order of KINDS
+    shuffled: float = 0.0  # of the policy documents: the signal is another event's
+    width: int = 32  # actions a policy document, as far as they fit in its row
+
+
+class Corpus:
+    """Draws documents from events. A draw is a pure function of the generator it is given."""
+
+    def __init__(self, events: Sequence[Event] | int, annotate: Annotator, batch: int, mixture: Mixture,
+                 event: Callable[[int], Event] | None = None) -> None:  # fmt: skip
+        """`events`: the events, or their number, `event` then making the i-th one when it is first drawn."""
+        self.count = events if isinstance(events, int) else len(events)
+        self.make = event if event is not None else list(events).__getitem__
+        self.annotate, self.batch, self.mixture = annotate, batch, mixture
+        self.pasts: dict[int, Past] = {}
+
+    def past(self, index: int) -> Past:
+        if index not in self.pasts:
+            self.pasts[index] = Past(self.make(index), self.annotate, self.batch)
+        return self.pasts[index]
+
+    def draw(self, rng: np.random.Generator) -> tuple[str, Document]:
+        """One document and its sort: "mean-field", or the kind of its signal."""
+        mixture, past = self.mixture, self.past(int(rng.integers(self.count)))
+        step = int(rng.integers(past.steps))
+        if rng.random() < mixture.summaries:
+            return "mean-field", past.mean_field(step, prior=rng.random() < mixture.prior)
+        kind = KINDS[int(rng.choice(len(KINDS), p=mixture.signals))]
+        other = self.past(int(rng.integers(self.count))) if rng.random() < mixture.shuffled else None
+        return kind, past.policy(step, kind, mixture.width, other)
