@@ -42,7 +42,7 @@ def _number(value: float | None, digits: int = 3) -> str:
 
 
 def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.0f}%"
+    return "-" if value is None else f"{round(100 * value)}%"
 
 
 def table(metrics: Mapping) -> str:
