@@ -45,6 +45,12 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"{round(100 * value)}%"
 
 
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    cells = ([row[0].ljust(widths[0])] + [cell.rjust(w) for cell, w in zip(row[1:], widths[1:])] for row in rows)
+    return ["  ".join(row).rstrip() for row in cells]
+
+
 def table(metrics: Mapping) -> str:
     """The measures of DESIGN section 6 by method (what metrics.json holds) as plain text, at most 100 columns.
 
@@ -63,11 +69,7 @@ def table(metrics: Mapping) -> str:
             row += [_percent(metrics[name].get(method)) for name in ("reduction", "gap_closed")]
         rows.append(row)
     rows.append(["floor", _number(metrics["floor"]["mean"])] + [""] * (len(head) - 2))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
-    lines = []
-    for row in rows:
-        cells = [row[0].ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:])]
-        lines.append("  ".join(cells).rstrip())
+    lines = _aligned(rows)
     rule = "-" * max(map(len, lines))
     lines = [lines[0], rule, *lines[1:-1], rule, lines[-1]]
     if compared:
@@ -75,6 +77,16 @@ def table(metrics: Mapping) -> str:
     if metrics["excluded_dimensions"]:
         lines.append("not in the means (real labels hardly vary): " + ", ".join(metrics["excluded_dimensions"]))
     return "\n".join(lines)
+
+
+def effect_table(intervention: Mapping, dimension: str = "stance") -> str:
+    """What an intervention changed in one dimension's shares, in percentage points, by method and in the true process."""
+    rows = [[f"change of {dimension}", *LABELS[dimension]]]
+    effects = dict(intervention["effect"])
+    if intervention["true_effect"] is not None:
+        effects["true process"] = intervention["true_effect"]
+    rows += [[name, *(f"{100 * value:+.1f}" for value in effect[dimension].values())] for name, effect in effects.items()]
+    return "\n".join(["", *_aligned(rows), f"percentage points, from step {intervention['from_step']} on"])
 
 
 # ---- the picture of a simulation -----------------------------------------------------------------------------------
