@@ -45,7 +45,7 @@ def main() -> None:
         "rows": args.rows, "lr": args.lr, "batch": args.batch, "seed": args.seed, "threads": count,
         "device": device.type, "save_every": args.save_every,
     }  # fmt: skip
-    from mfllm_ref import pretrain
+    from mfllm_ref import pretrain, report
     from mfllm_ref.society.readers import load_events
 
     events = load_events(args.data) if args.data else None
@@ -56,6 +56,8 @@ def main() -> None:
             return
         started = time.perf_counter()
         result = pretrain.run(run, settings, events, device, progress=sys.stderr.isatty())
+        report.loss_curve(list(runs.read_json_lines(out / "log.jsonl")), out / "loss.png")
+        run.complete(**result)
         print(f"{out}: {result['parameters'] / 1e6:.1f} M parameters in {time.perf_counter() - started:.0f} s")
         print("share acted per share said by the signal (slope; 1 follows it, 0 ignores it):")
         print("  " + "  ".join(f"{dimension} {slope:.2f}" for dimension, slope in result["response"].items()))

@@ -20,7 +20,6 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from tqdm import tqdm
 
-from mfllm_ref import report
 from mfllm_ref.errors import InputError
 from mfllm_ref.lm import LanguageModel
 from mfllm_ref.lm.backbone import Backbone
@@ -305,7 +304,7 @@ def corpora(events: Sequence[Event] | None, batch: int) -> tuple[Corpus, list[Pa
 
 
 def run(run: Run, settings: Mapping[str, Any], events: Sequence[Event] | None, device: torch.device, progress: bool) -> dict:
-    """Pretrain in an open run folder, or go on there: log.jsonl, loss.png and a Hugging Face style folder of the backbone.
+    """Pretrain in an open run folder, or go on there: log.jsonl and a Hugging Face style folder of the backbone.
 
     Returns {"parameters", "response": {dimension: slope}}. Raises InputError where the loss is no longer finite.
     """
@@ -349,8 +348,5 @@ def run(run: Run, settings: Mapping[str, Any], events: Sequence[Event] | None, d
     save_backbone(backbone, run.out)
     lm = LanguageModel.load(run.out, device=device)
     response = {d: round(slope(response_curve(lm, held_out, corpus.annotate, d)), 3) for d in WATCHED}
-    report.loss_curve(list(log.rows()), run.out / "loss.png")
     state.unlink(missing_ok=True)
-    parameters = sum(p.numel() for p in backbone.parameters())
-    run.complete(parameters=parameters, response=response)
-    return {"parameters": parameters, "response": response}
+    return {"parameters": sum(p.numel() for p in backbone.parameters()), "response": response}
