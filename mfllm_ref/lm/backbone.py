@@ -96,8 +96,7 @@ class Attention(nn.Module):
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        cos, sin = cos.to(q.dtype), sin.to(q.dtype)  # under autocast q, k and v must leave here in one dtype
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k = (rotate(x, cos, sin).to(v.dtype) for x in (q, k))  # under autocast norms and angles are wider than v
         out = causal_attention(q, k, v, self.window) if attend is None else attend(self.layer, q, k, v)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 

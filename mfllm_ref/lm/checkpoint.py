@@ -144,7 +144,7 @@ def locate_tensors(
     ignored: Callable[[str], bool] = lambda name: False,
 ) -> dict[str, Path]:
     """Which of `files` holds which tensor, after checking that together they hold each `expected` tensor (name ->
-    shape) once, perhaps the `optional` ones, no other but `ignored` names, all in floating point. Reads headers only."""
+    shape) once, perhaps the `optional` ones, no other but `ignored` names, all floats. Reads headers only."""
     files, shapes, stored = list(files), dict(optional or {}) | dict(expected), {}
     for file in files:
         with open_tensors(file) as handle:

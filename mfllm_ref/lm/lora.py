@@ -108,7 +108,7 @@ class Adapters:
         self.adapters[name] = Adapter(_honoured(options), layers)
 
     def save(self, name: str, path: str | Path) -> None:
-        """Write the adapter as a PEFT folder (adapter_config.json, adapter_model.safetensors), atomically file by file."""
+        """Write the adapter as a PEFT folder (adapter_config.json and adapter_model.safetensors), never half a file."""
         adapter = self._get(name)
         config = adapter.options | {
             "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": None, "inference_mode": True,

@@ -38,8 +38,9 @@ class Added(NamedTuple):
 
 
 class Tokenizer:
-    """Made by `Tokenizer.load`. `vocab_size` counts ids, added tokens included; `eos_ids` end a text; `bos_id` begins a
-    prompt (None where the checkpoint's tokenizer puts nothing in front)."""
+    """Made by `Tokenizer.load`. `vocab_size` counts ids, added tokens included; `eos_ids` end a text, and `end_id` is
+    the one to end a text with (None: there is none); `bos_id` begins a prompt (None where the checkpoint's tokenizer puts
+    nothing in front)."""
 
     @classmethod
     def load(cls, path: Path | str) -> "Tokenizer":
@@ -65,6 +66,7 @@ class Tokenizer:
         # A chat model's tokenizer names the token that ends a turn; other models' may name one they never learnt.
         own = () if end is None or (declared and self._template is None) else (end,)
         self.eos_ids = tuple(sorted({*declared, *own}))
+        self.end_id = end if end in self.eos_ids else next(iter(declared), None)
         prepends = config.get("add_bos_token")
         self.bos_id = model.bos if prepends is None else self._id("bos_token") if prepends else None
 

@@ -1,0 +1,493 @@
+"""LanguageModel: text in, text or log-probabilities out. Above this file nobody touches logits.
+
+Notable:
+- Prompts of one world begin alike (topic, posts, signal). Their longest common token prefix is run through the backbone
+  once, and every agent of the world attends to it (kernels.agent_attention). Each prompt keeps its last token outside, as
+  its next-token logits must come from somewhere.
+- Rows of different lengths are packed end to end for the linear layers and padded for attention alone.
+- Decoding runs all agents of all worlds in one batch, one token a step. Rows of finished agents are dropped as soon as they
+  are over an eighth of the batch.
+- Work is cut into chunks that bound memory. The cut depends on lengths and options only, never on the machine.
+"""
+
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from kernels.agent_attention import Plan, agent_attention
+from mfllm_ref.errors import InputError
+from mfllm_ref.lm.backbone import Backbone, causal_attention
+from mfllm_ref.lm.checkpoint import load_backbone
+from mfllm_ref.lm.lora import Adapters
+from mfllm_ref.lm.sampling import hash_seeds, penalise, sample, uniforms
+from mfllm_ref.lm.tokenizer import Tokenizer
+
+CACHE_BYTES = 2**30  # keys and values held by one chunk
+LOGITS = 2**24  # logits held at once
+PACKED = 4096  # tokens in one forward pass over packed rows
+DEAD = 1 / 8  # share of finished rows above which a batch is compacted
+
+Prompt = str | Sequence[int]
+
+
+@dataclass(frozen=True)
+class _World:
+    """Agents (indices into the caller's list) and the tokens their prompts begin with."""
+
+    prefix: list[int]
+    agents: list[int]
+
+
+class LanguageModel:
+    """A backbone, its tokenizer and its adapters. Two verbs, `generate` and `log_prob`; `backbone(ids)` gives logits.
+
+    Prompts are text, encoded with BOS in front where the checkpoint's tokenizer puts one, or token ids (from
+    `tokenizer.chat`), taken as they are. `worlds` holds one hashable key (an int) per prompt: prompts of one world share
+    their common prefix; it never changes a result beyond rounding. In float64 no token depends on the batch.
+    """
+
+    def __init__(self, backbone: Backbone, tokenizer: Tokenizer) -> None:
+        self.backbone, self.tokenizer = backbone.eval(), tokenizer
+        self.adapters = Adapters(backbone)
+
+    @classmethod
+    def load(
+        cls, path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    ) -> "LanguageModel":  # fmt: skip
+        """The model in a Hugging Face style folder: config.json, *.safetensors, tokenizer.json or tokenizer.model.
+        Raises InputError naming the file that is missing, damaged or unsupported."""
+        return cls(load_backbone(path, device, dtype), Tokenizer.load(Path(path)))
+
+    @property
+    def device(self) -> torch.device:
+        return self.backbone.model.embed_tokens.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.backbone.model.embed_tokens.weight.dtype
+
+    def add_adapter(
+        self, name: str, rank: int = 8, alpha: float = 16.0, targets: Sequence[str] | str = ("q_proj", "v_proj"),
+        seed: int | None = None, **options: Any,
+    ) -> None:  # fmt: skip
+        """A new trainable LoRA adapter, which changes nothing yet; see `lora.Adapters.add`."""
+        self.adapters.add(name, rank, alpha, targets, seed, **options)
+
+    def load_adapter(self, name: str, path: str | Path, trainable: bool = False) -> None:
+        """An adapter from a PEFT folder. Raises InputError if it is damaged or does not fit."""
+        self.adapters.load(name, path, trainable)
+
+    def save_adapter(self, name: str, path: str | Path) -> None:
+        """Write an adapter as a PEFT folder."""
+        self.adapters.save(name, path)
+
+    @contextmanager
+    def adapter(self, name: str | None) -> Iterator[None]:
+        """Within the context the model is the backbone with adapter `name` (None: the bare backbone)."""
+        before = self.adapters.active
+        self.adapters.activate(name)
+        try:
+            yield
+        finally:
+            self.adapters.activate(before)
+
+    @torch.no_grad()
+    def generate(
+        self, prompts: Sequence[Prompt], max_new_tokens: int = 64, temperature: float = 1.0, top_k: int = 0,
+        top_p: float = 1.0, repetition_penalty: float = 1.0, seeds: Sequence[int] | None = None,
+        stop: Sequence[str] = (), worlds: Sequence[Hashable] | None = None,
+    ) -> list[str]:  # fmt: skip
+        """A continuation of each prompt, in the prompts' order.
+
+        Penalty (over prompt and generated tokens), temperature, top-k and top-p apply in this order; temperature 0 is
+        greedy, top_k 0 and top_p 1 are off. A text ends before the end of text, before the first stop string, after
+        max_new_tokens, or where the backbone's positions end. Special ids are left out of it.
+        seeds: one whole number a prompt (default: its index); the noise of its n-th token depends on (seed, n) alone.
+        Raises InputError for options out of range, prompts that are empty or too long, and ids the backbone does not have.
+        """
+        stop = (stop,) if isinstance(stop, str) else tuple(stop)
+        for name, value, fine in (
+            ("max_new_tokens", max_new_tokens, max_new_tokens >= 0), ("temperature", temperature, temperature >= 0),
+            ("top_k", top_k, top_k >= 0), ("top_p", top_p, 0 < top_p <= 1), ("stop", stop, "" not in stop),
+            ("repetition_penalty", repetition_penalty, repetition_penalty > 0),
+        ):  # fmt: skip
+            if not fine:
+                raise InputError(f"{name} cannot be {value!r}")
+        if seeds is not None and len(seeds) != len(prompts):
+            raise InputError(f"{len(seeds)} seeds for {len(prompts)} prompts")
+        ids = self._prompt_ids(prompts)
+        chunks = self._chunks(ids, [max_new_tokens] * len(ids), worlds)
+        texts = [""] * len(ids)
+        if max_new_tokens == 0:
+            return texts
+        hashed = hash_seeds(range(len(ids)) if seeds is None else seeds)
+        options = (max_new_tokens, float(temperature), int(top_k), float(top_p), float(repetition_penalty), stop)
+        active = self.adapters.active
+        try:
+            if active is not None and self.dtype in (torch.float32, torch.float64):  # coarser weights would lose the update
+                self.adapters.merge(active)
+            for chunk in chunks:
+                agents = [agent for world in chunk for agent in world.agents]
+                for agent, text in zip(agents, self._decode(ids, chunk, hashed[agents], *options), strict=True):
+                    texts[agent] = text
+        finally:
+            self.adapters.activate(active)
+        return texts
+
+    def log_prob(
+        self, prompts: Sequence[Prompt], continuations: Sequence[Prompt], worlds: Sequence[Hashable] | None = None,
+        *, end_of_text: bool = False,
+    ) -> Tensor:  # fmt: skip
+        """log p(continuation | prompt), natural logarithm, summed over the continuation's tokens: [prompts], float32
+        (float64 for a float64 model). Prompt and continuation are encoded apart; an empty continuation has 0.
+
+        end_of_text: the tokenizer's end token counts as the continuation's last. Differentiable when grad is enabled; a
+        world's prefix is computed once and differentiated once. Raises InputError as `generate` does.
+        """
+        if len(continuations) != len(prompts):
+            raise InputError(f"{len(continuations)} continuations for {len(prompts)} prompts")
+        if end_of_text and self.tokenizer.end_id is None:
+            raise InputError("the checkpoint names no end of text token")
+        end = [self.tokenizer.end_id] if end_of_text else []
+        targets = [ids + end for ids in self._encode(continuations)]
+        ids = self._prompt_ids(prompts, targets)
+        done: list[Tensor] = []
+        order: list[int] = []
+        for chunk in self._chunks(ids, [len(t) for t in targets], worlds):
+            done.append(self._score(ids, targets, chunk))
+            order += [agent for world in chunk for agent in world.agents]
+        if not done:
+            return torch.zeros(0, dtype=torch.promote_types(self.dtype, torch.float32), device=self.device)
+        return torch.cat(done)[torch.tensor(np.argsort(order), device=self.device)]
+
+    # ---- from text to worlds -----------------------------------------------------------------------------------------
+
+    def _encode(self, texts: Sequence[Prompt], bos: Sequence[int] = ()) -> list[list[int]]:
+        """Token ids; a text that occurs often is encoded once."""
+        unique = list(dict.fromkeys(text for text in texts if isinstance(text, str)))
+        known = dict(zip(unique, self.tokenizer.encode_batch(unique), strict=True))
+        vocab = self.backbone.config.vocab_size
+        rows = [[*bos, *known[text]] if isinstance(text, str) else [int(i) for i in text] for text in texts]
+        for i, row in enumerate(rows):
+            if row and not 0 <= min(row) <= max(row) < vocab:
+                raise InputError(f"prompt {i}: token ids must lie between 0 and {vocab - 1}, the backbone's vocabulary")
+        return rows
+
+    def _prompt_ids(self, prompts: Sequence[Prompt], targets: Sequence[Sequence[int]] | None = None) -> list[list[int]]:
+        bos = self.tokenizer.bos_id
+        ids = self._encode(prompts, () if bos is None else (bos,))
+        limit = self.backbone.config.max_positions
+        for i, row in enumerate(ids):
+            length = len(row) + (len(targets[i]) if targets is not None else 0)
+            if not row:
+                raise InputError(f"prompt {i} is empty, and this checkpoint's tokenizer puts no token in front")
+            if length > limit:
+                raise InputError(f"prompt {i} has {length} tokens, more than the backbone's {limit} positions")
+        return ids
+
+    def _chunks(
+        self, ids: list[list[int]], extra: Sequence[int], worlds: Sequence[Hashable] | None
+    ) -> list[list[_World]]:  # fmt: skip
+        """Worlds, by falling prefix length, in chunks that keep the cache and the logits within bounds. A world too large
+        for one chunk is split; `extra` is how many tokens each prompt may grow by."""
+        if worlds is not None and len(worlds) != len(ids):
+            raise InputError(f"{len(worlds)} worlds for {len(ids)} prompts")
+        members: dict[Hashable, list[int]] = {}
+        for agent, world in enumerate([0] * len(ids) if worlds is None else worlds):
+            members.setdefault(world, []).append(agent)
+        config = self.backbone.config
+        tokens = CACHE_BYTES // (2 * config.layers * config.kv_heads * config.head_dim * self.dtype.itemsize)
+        most = max(1, LOGITS // config.vocab_size)
+        parts: list[tuple[_World, int]] = []  # a world or a part of one, its longest suffix
+        for agents in members.values():
+            prefix = _common_prefix([ids[agent] for agent in agents])
+            own = max(len(ids[agent]) - len(prefix) + extra[agent] for agent in agents)
+            size = min(most, max(1, (tokens - len(prefix)) // own))
+            parts += [(_World(prefix, agents[i : i + size]), own) for i in range(0, len(agents), size)]
+        parts.sort(key=lambda part: -len(part[0].prefix))
+        chunks: list[list[_World]] = []
+        count = longest = 0
+        for world, own in parts:
+            total, widest = count + len(world.agents), max(longest, own)
+            if chunks and total <= most and (len(chunks[-1]) + 1) * len(chunks[-1][0].prefix) + total * widest <= tokens:
+                chunks[-1].append(world)
+                count, longest = total, widest
+            else:
+                chunks.append([world])
+                count, longest = len(world.agents), own
+        return chunks
+
+    # ---- one chunk ---------------------------------------------------------------------------------------------------
+
+    def _prefixes(self, chunk: list[_World]) -> "_Prefixes":
+        """Keys and values of each world's prefix, for every layer."""
+        config, device = self.backbone.config, self.device
+        longest = max(len(world.prefix) for world in chunk)
+        parts: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(config.layers)]
+
+        for some in _batches([len(world.prefix) for world in chunk]):
+            rows = _Rows([world.prefix for world in chunk[some]], [0] * len(chunk[some]), device)
+
+            def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, rows: _Rows = rows) -> Tensor:
+                q, k, v = (rows.pad(x, rows.left) for x in (q, k, v))
+                parts[layer].append(tuple(F.pad(x, (0, 0, 0, longest - x.shape[2])) for x in (k, v)))
+                return rows.pack(causal_attention(q, k, v, config.windows[layer]), rows.from_left)
+
+            if rows.longest:
+                self.backbone.hidden(rows.ids, rows.positions, attend)
+            else:
+                empty = torch.zeros(len(rows.lengths), config.kv_heads, longest, config.head_dim, dtype=self.dtype)
+                for layer in parts:
+                    layer.append((empty.to(device), empty.to(device)))
+        k, v = ([torch.cat([part[i] for part in layer]) for layer in parts] for i in (0, 1))
+        return _Prefixes(k, v, torch.tensor([len(world.prefix) for world in chunk], dtype=torch.int32))
+
+    def _suffixes(
+        self, inputs: list[list[int]], world: np.ndarray, prefixes: "_Prefixes",
+        store: Callable[[int, slice, Tensor, Tensor], None] | None = None,
+    ) -> Iterator[tuple[slice, "_Rows", Tensor]]:  # fmt: skip
+        """Run the agents' own tokens `inputs` on top of their worlds' prefixes, a batch at a time: (which agents, their
+        packing, final hidden states [tokens, dim]). store(layer, agents, k, v) is given each batch's keys and values,
+        [agents, kv_heads, longest, head_dim]."""
+        config, device = self.backbone.config, self.device
+        starts = prefixes.lengths.numpy()[world]
+        for some in _batches([len(row) for row in inputs]):
+            rows = _Rows(inputs[some], starts[some], device)
+            of = world[some]
+            near = slice(int(of[0]), int(of[-1]) + 1)
+            local = _Prefixes([k[near] for k in prefixes.k], [v[near] for v in prefixes.v], prefixes.lengths[near])
+            attention = _Attention(self.backbone, local, rows.lengths, of - of[0], rows.longest, rows.longest)
+
+            def attend(
+                layer: int, q: Tensor, k: Tensor, v: Tensor,
+                rows: _Rows = rows, some: slice = some, attention: "_Attention" = attention,
+            ) -> Tensor:  # fmt: skip
+                q, k, v = rows.pad(q, rows.right), rows.pad(k, rows.left), rows.pad(v, rows.left)
+                if store is not None:
+                    store(layer, some, k, v)
+                return rows.pack(attention(layer, q, k, v), rows.from_right)
+
+            yield some, rows, self.backbone.hidden(rows.ids, rows.positions, attend)[0]
+
+    def _decode(
+        self, ids: list[list[int]], chunk: list[_World], hashed: np.ndarray, max_new_tokens: int, temperature: float,
+        top_k: int, top_p: float, penalty: float, stop: tuple[str, ...],
+    ) -> list[str]:  # fmt: skip
+        """The texts of a chunk's agents, in the chunk's order."""
+        config, device = self.backbone.config, self.device
+        prompts = [ids[agent] for world in chunk for agent in world.agents]
+        world = np.repeat(np.arange(len(chunk)), [len(w.agents) for w in chunk])
+        prefixes = self._prefixes(chunk)
+        inputs = [row[len(chunk[w].prefix) :] for row, w in zip(prompts, world, strict=True)]
+        lengths = np.array([len(row) for row in inputs])
+        shape = (config.layers, len(prompts), config.kv_heads, int(lengths.max()) + max_new_tokens - 1, config.head_dim)
+        cache_k, cache_v = (torch.zeros(shape, dtype=self.dtype, device=device) for _ in range(2))
+
+        def store(layer: int, some: slice, k: Tensor, v: Tensor) -> None:
+            cache_k[layer, some, :, : k.shape[2]] = k
+            cache_v[layer, some, :, : v.shape[2]] = v
+
+        hidden = torch.cat([h[rows.last] for _, rows, h in self._suffixes(inputs, world, prefixes, store)])
+        tokens = np.zeros((len(prompts), max_new_tokens), dtype=np.int64)
+        counts = np.zeros(len(prompts), dtype=np.int64)  # tokens of text, per agent
+        limits = np.minimum(max_new_tokens, config.max_positions + 1 - np.array([len(row) for row in prompts]))
+        row_of = np.arange(len(prompts))  # the agent in each row of the batch
+        alive = np.ones(len(prompts), dtype=bool)  # by row
+        seen = _square(prompts, max_new_tokens, device) if penalty != 1 else None
+        reach = max((len(s.encode()) for s in stop), default=0) + 8  # tokens that a stop string may extend over
+        eos = np.array(self.tokenizer.eos_ids, dtype=np.int64)
+
+        for step in range(max_new_tokens):
+            logits = self.backbone.logits(hidden).to(torch.promote_types(self.dtype, torch.float32))
+            if seen is not None:
+                logits = penalise(logits, seen, penalty)
+            noise = uniforms(hashed[row_of], step) if temperature > 0 else None
+            chosen = sample(logits, noise, temperature, top_k, top_p)
+            new = chosen.cpu().numpy()
+            ended = np.isin(new, eos)
+            tokens[row_of[alive], step] = new[alive]
+            counts[row_of[alive & ~ended]] = step + 1
+            alive &= ~ended & (step + 1 < limits[row_of])
+            if stop and alive.any():
+                going = np.flatnonzero(alive)
+                tails = self._texts(tokens[row_of[going], max(0, step + 1 - reach) : step + 1])
+                for row in going[[any(s in tail for s in stop) for tail in tails]]:
+                    # The tail may have been cut within a character, so the whole text has the last word.
+                    text = self._texts(tokens[row_of[row], None, : step + 1])[0]
+                    alive[row] = not any(s in text for s in stop)
+            if not alive.any():
+                break
+            if seen is not None:
+                seen[:, -max_new_tokens + step] = chosen
+            if (~alive).sum() > DEAD * len(alive):
+                rows = np.flatnonzero(alive)
+                keep = torch.from_numpy(rows).to(device)
+                used = int(lengths[rows].max()) + max_new_tokens - 1  # cache slots that may still be needed
+                cache_k, cache_v = (cache[:, keep, :, :used] for cache in (cache_k, cache_v))
+                prefixes, world = prefixes.keep(world[rows])
+                lengths, row_of, alive, chosen = lengths[rows], row_of[rows], alive[rows], chosen[keep]
+                seen = None if seen is None else seen[keep]
+            hidden = self._step(chosen, lengths + step + 1, world, prefixes, cache_k, cache_v)
+        texts = self._texts([row[:count] for row, count in zip(tokens, counts, strict=True)])
+        return [text[: min((text.find(s) for s in stop if s in text), default=None)] for text in texts]
+
+    def _step(
+        self, ids: Tensor, lengths: np.ndarray, world: np.ndarray, prefixes: "_Prefixes", cache_k: Tensor, cache_v: Tensor
+    ) -> Tensor:  # fmt: skip
+        """Feed one token to every agent: ids [agents]; lengths, their suffixes' with this token -> hidden [agents, dim]."""
+        longest = int(lengths.max())
+        attention = _Attention(self.backbone, prefixes, lengths, world, 1, longest)
+        slot = torch.from_numpy(lengths - 1).to(self.device)
+        agent = torch.arange(len(lengths), device=self.device)
+        positions = torch.from_numpy(prefixes.lengths.numpy()[world] + lengths - 1).to(self.device)[:, None]
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            cache_k[layer, agent, :, slot] = k[:, :, 0]
+            cache_v[layer, agent, :, slot] = v[:, :, 0]
+            return attention(layer, q, cache_k[layer, :, :, :longest], cache_v[layer, :, :, :longest])
+
+        return self.backbone.hidden(ids[:, None], positions, attend)[:, 0]
+
+    def _texts(self, batch: Sequence[np.ndarray]) -> list[str]:
+        """Decoded ids. A backbone's vocabulary is often padded beyond the tokenizer's: ids from there have no text."""
+        known = self.tokenizer.vocab_size
+        return self.tokenizer.decode_batch([ids[ids < known].tolist() for ids in batch])
+
+    def _score(self, ids: list[list[int]], targets: list[list[int]], chunk: list[_World]) -> Tensor:
+        """log_prob of a chunk's agents, in the chunk's order."""
+        dtype, device = torch.promote_types(self.dtype, torch.float32), self.device
+        agents = [(agent, w) for w, world in enumerate(chunk) for agent in world.agents]
+        scored = [i for i, (agent, _) in enumerate(agents) if targets[agent]]
+        total = torch.zeros(len(agents), dtype=dtype, device=device)
+        if not scored:
+            return total
+        prefixes = self._prefixes(chunk)
+        wanted = [targets[agents[i][0]] for i in scored]
+        own = [ids[agents[i][0]][len(chunk[agents[i][1]].prefix) :] for i in scored]
+        inputs = [prompt + target[:-1] for prompt, target in zip(own, wanted, strict=True)]
+        world = np.array([agents[i][1] for i in scored])
+        for some, rows, hidden in self._suffixes(inputs, world, prefixes):
+            sizes = np.array([len(target) for target in wanted[some]])
+            ends = rows.last.cpu().numpy() + 1
+            at = np.concatenate([np.arange(end - size, end) for end, size in zip(ends, sizes, strict=True)])
+            target = torch.tensor(np.concatenate(wanted[some]), device=device)
+            agent = torch.from_numpy(np.repeat(np.array(scored[some]), sizes)).to(device)
+            hidden, rows_a_time = hidden[torch.from_numpy(at).to(device)], max(1, LOGITS // 4 // self.backbone.config.vocab_size)
+            for piece, goal, whose in zip(*(x.split(rows_a_time) for x in (hidden, target, agent)), strict=True):
+                if piece.requires_grad:  # logits are made again in the backward pass rather than kept
+                    value = checkpoint(self._token_log_prob, piece, goal, use_reentrant=False)
+                else:
+                    value = self._token_log_prob(piece, goal)
+                total = total.index_add(0, whose, value)
+        return total
+
+    def _token_log_prob(self, hidden: Tensor, target: Tensor) -> Tensor:
+        logits = self.backbone.logits(hidden).to(torch.promote_types(self.dtype, torch.float32))
+        return -F.cross_entropy(logits, target, reduction="none")
+
+
+@dataclass(frozen=True)
+class _Prefixes:
+    """Per layer, keys and values [worlds, kv_heads, longest, head_dim]; lengths int32 [worlds], on the CPU."""
+
+    k: list[Tensor]
+    v: list[Tensor]
+    lengths: Tensor
+
+    def keep(self, world: np.ndarray) -> tuple["_Prefixes", np.ndarray]:
+        """Without the worlds that `world` (of the remaining agents) no longer names, and `world` renumbered."""
+        left, renumbered = np.unique(world, return_inverse=True)
+        if len(left) == len(self.lengths):
+            return self, world
+        index = torch.from_numpy(left)
+        there = index.to(self.k[0].device)
+        longest = int(self.lengths[index].max())
+        k, v = ([x[there, :, :longest] for x in layers] for layers in (self.k, self.v))
+        return _Prefixes(k, v, self.lengths[index]), renumbered
+
+
+class _Attention:
+    """agent_attention with all that is the same in every layer; one index plan for each width of sliding window."""
+
+    def __init__(
+        self, backbone: Backbone, prefixes: _Prefixes, lengths: np.ndarray, world: np.ndarray, q_len: int, suffix_max: int
+    ) -> None:  # fmt: skip
+        self.windows, self.prefixes = backbone.config.windows, prefixes
+        self.lengths, self.world = (torch.from_numpy(x.astype(np.int32)) for x in (lengths, world))
+        self.plans = {
+            window: Plan(
+                backbone.config.heads, q_len, prefixes.lengths, prefixes.k[0].shape[2], self.lengths, suffix_max,
+                self.world, window, prefixes.k[0].device,
+            )
+            for window in set(self.windows)
+        }  # fmt: skip
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        shared, window = self.prefixes, self.windows[layer]
+        return agent_attention(
+            q, shared.k[layer], shared.v[layer], shared.lengths, k, v, self.lengths, self.world, window,
+            plan=self.plans[window],
+        )  # fmt: skip
+
+
+class _Rows:
+    """Token rows of different lengths, packed end to end: ids and positions [1, tokens].
+
+    `pad` lays packed [1, heads, tokens, d] out as [rows, heads, longest, d], by `left` (a row begins in the first slot) or
+    `right` (it ends in the last); surplus slots repeat a token of the row. `pack` undoes it, by `from_left` or `from_right`.
+    `last` is each row's last token among the packed ones.
+    """
+
+    def __init__(self, rows: list[list[int]], starts: Sequence[int] | np.ndarray, device: torch.device) -> None:
+        self.lengths = np.array([len(row) for row in rows])
+        self.longest = int(self.lengths.max())
+        ends = np.cumsum(self.lengths)
+        begins, slots, sizes = (ends - self.lengths)[:, None], np.arange(self.longest), self.lengths[:, None]
+        positions = np.arange(ends[-1]) - np.repeat(begins[:, 0] - np.asarray(starts), self.lengths)
+        blank = self.longest - sizes
+        layout = {
+            "ids": np.array([[id for row in rows for id in row]], dtype=np.int64), "positions": positions[None],
+            "left": np.minimum(begins + np.minimum(slots, np.maximum(sizes - 1, 0)), ends[-1] - 1), "right": begins + np.maximum(slots - blank, 0),
+            "from_left": np.flatnonzero(slots < sizes), "from_right": np.flatnonzero(slots >= blank), "last": ends - 1,
+        }  # fmt: skip
+        for name, index in layout.items():
+            setattr(self, name, torch.from_numpy(index).to(device))
+
+    def pad(self, x: Tensor, index: Tensor) -> Tensor:
+        return x[0].transpose(0, 1)[index].transpose(1, 2)
+
+    def pack(self, x: Tensor, index: Tensor) -> Tensor:
+        return x.transpose(1, 2).flatten(0, 1)[index].transpose(0, 1)[None]
+
+
+def _batches(lengths: Sequence[int]) -> list[slice]:
+    """Neighbouring rows, cut where a batch would pass PACKED tokens."""
+    cuts, total = [0], 0
+    for i, length in enumerate(lengths):
+        if total + length > PACKED and i > cuts[-1]:
+            cuts.append(i)
+            total = 0
+        total += length
+    return [slice(start, stop) for start, stop in zip(cuts, [*cuts[1:], len(lengths)], strict=True)]
+
+
+def _common_prefix(rows: list[list[int]]) -> list[int]:
+    """The longest common prefix that leaves each row its last token. The first and last row in lexicographic order differ
+    no later than any other two."""
+    first, last = min(rows), max(rows)
+    most = min(len(row) for row in rows) - 1
+    return first[: next((i for i in range(most) if first[i] != last[i]), most)]
+
+
+def _square(rows: list[list[int]], spare: int, device: torch.device) -> Tensor:
+    """int64 [rows, longest + spare]: rows filled up with their last token."""
+    width = max(len(row) for row in rows) + spare
+    return torch.tensor([row + [row[-1]] * (width - len(row)) for row in rows], device=device)

@@ -1,0 +1,71 @@
+"""From logits to tokens: repetition penalty, temperature, top-k, top-p, and one uniform a token.
+
+Notable: the noise is a pure function of (seed, position among the generated tokens). There is no generator and no state, so
+a token does not depend on who else is in the batch, nor on how the batch was cut. Everything is vectorised over agents.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_WEYL = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, odd
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """SplitMix64's finaliser (Steele, Lea and Flood 2014) on uint64, arithmetic modulo 2^64."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def hash_seeds(seeds: Sequence[int]) -> np.ndarray:
+    """Whole numbers of any size or sign, taken modulo 2^64 -> uint64 [agents], scrambled."""
+    return _mix(np.array([seed & 0xFFFFFFFFFFFFFFFF for seed in seeds], dtype=np.uint64) + _WEYL)
+
+
+def uniforms(hashed: np.ndarray, position: int) -> np.ndarray:
+    """float64 [agents] in [0, 1), multiples of 2^-53: the noise of `hash_seeds`' agents for their position-th token."""
+    step = _mix(np.array([position], dtype=np.uint64) * _WEYL + _WEYL)
+    return (_mix(hashed ^ step) >> np.uint64(11)) * 2.0**-53
+
+
+def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """CTRL's repetition penalty (arXiv 1909.05858, section 4.1) as transformers applies it: positive logits of seen tokens
+    are divided, negative ones multiplied. logits [agents, vocab]; seen int64 [agents, n], repeats allowed."""
+    scores = logits.gather(1, seen)
+    return logits.scatter(1, seen, torch.where(scores < 0, scores * penalty, scores / penalty))
+
+
+def truncate(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+    """-inf for all but the top_k largest logits (0: all; ties with the last stay), then for all tokens that have at least
+    top_p of the remaining probability above them. The largest always stays. logits [agents, vocab]."""
+    if 0 < top_k < logits.shape[1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
+    if top_p < 1:
+        ordered, order = logits.sort(dim=-1, descending=True, stable=True)
+        shares = ordered.softmax(dim=-1)
+        drop = shares.cumsum(dim=-1) - shares >= top_p
+        drop[:, 0] = False
+        logits = logits.masked_fill(torch.zeros_like(drop).scatter(1, order, drop), -torch.inf)
+    return logits
+
+
+def sample(logits: Tensor, noise: np.ndarray | None, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+    """One token an agent, int64 [agents]: the first whose cumulative probability passes the agent's uniform; the largest
+    logit if temperature is 0 (noise is then not read). logits [agents, vocab], float32 or float64.
+
+    Raises FloatingPointError if the logits have no distribution (NaN, or all -inf).
+    """
+    largest = logits.amax(dim=-1, keepdim=True)
+    if not largest.isfinite().all():
+        raise FloatingPointError("the model's logits are not finite")
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    shares = truncate((logits - largest) / temperature, top_k, top_p).softmax(dim=-1)
+    cumulative = shares.cumsum(dim=-1, dtype=torch.float64)
+    total = cumulative[:, -1:]
+    # Strictly below the total, so that the token found has a probability above 0.
+    target = torch.minimum(torch.from_numpy(noise).to(total.device)[:, None] * total, total.nextafter(total.new_zeros(())))
+    return torch.searchsorted(cumulative, target, right=True)[:, 0]
