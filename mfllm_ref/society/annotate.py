@@ -1,4 +1,4 @@
-"""What an action's own words say, as one label a dimension (DESIGN section 6): rules and a lexicon, or a language model.
+"""What an action's own words say, one label a dimension (DESIGN section 6): rules and a lexicon, or a language model.
 
 Notable: the lexicon is data (lexicon.json): classes of zh and en cues, an underscore for a space, `^` for a cue that
 counts only as the whole text. A class adds weights to a few axes (EFFECTS), a negation just before a cue turns them,
@@ -19,9 +19,13 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mfllm_ref.errors import InputError
 from mfllm_ref.society.events import DIMENSIONS, LANGUAGES, Event
+
+if TYPE_CHECKING:
+    from mfllm_ref.lm import LanguageModel
 
 STATES = ("angry", "happy", "sad", "fear", "surprise")
 AXES = (*STATES, "tendency", "stance", "doubt", "counter", "question", "promotion", "subjective")
@@ -37,7 +41,7 @@ EFFECTS: dict[str, dict[str, float]] = {
     "oppose": {"stance": -1, "subjective": 1},
     "believe": {"doubt": -1},
     "affirm": {"doubt": -1, "stance": 1, "subjective": -1},
-    "doubt": {"doubt": 1, "counter": 0.5},  # a lone doubt is private; two, a denial or a call for proof counter the claim
+    "doubt": {"doubt": 1, "counter": 0.5},  # a lone doubt is private, two counter the claim
     "deny": {"doubt": 1, "counter": 1, "stance": -1.5},
     "proof": {"doubt": 1, "counter": 1},
     "question": {"question": 1},
@@ -190,6 +194,76 @@ class RuleAnnotator:
         return [annotate(text, language) for text in texts]
 
 
+LABELS_ZH = dict(zip((label for labels in DIMENSIONS.values() for label in labels), (
+    "传播 反驳 愤怒 平静 高兴 悲伤 恐惧 惊讶 积极 消极 中立 评论 转发 支持 反对 中立 相信 怀疑 主观 客观 提问 宣传 观点").split()))
+QUESTIONS = {
+    "en": dict(zip(DIMENSIONS, (
+        "Does the author spread the claim or counter it?", "What does the author feel?", "What is the tone of the post?",
+        "Is this a comment in the author's own words or only a share?", "What is the author's stance?",
+        "Does the author believe the claim or doubt it?", "Is the post subjective or objective?",
+        "Does the author ask a question, promote something or give an opinion?"))),
+    "zh": dict(zip(DIMENSIONS, (
+        "作者在传播这个说法，还是在反驳它？", "作者的情绪是什么？", "这条微博的倾向是什么？", "这是作者自己的评论，还是单纯的转发？",
+        "作者的立场是什么？", "作者相信这个说法，还是怀疑它？", "这条微博是主观的还是客观的？", "作者是在提问、宣传，还是表达观点？"))),
+}
+PROMPTS = {
+    "en": ("Classify a social media post.\nQuestion: {question} Answer with one of: {options}.\nPost: \"{post}\"\nAnswer:",
+           ", ", " "),
+    "zh": ("请给一条微博分类。\n问题：{question}只回答其中一个词：{options}。\n微博：“{post}”\n回答：", "、", ""),
+}
+CONTENT_FREE = "N/A"
+PROMPT_CHARACTERS = 500
+
+
+class LMAnnotator:
+    """Asks a language model: the label whose word gains most from the post, a dimension at a time.
+
+    score(label) = log p(word | prompt with the post) - log p(word | prompt with the post "N/A"). The second term takes
+    out how likely and how long the word is by itself (contextual calibration), so no length normalisation is needed.
+    Worth its price with a large model only. A post enters as one line, cut to 500 characters, so that it cannot leave
+    its place in the prompt; a blank one gets the rules' labels, there being nothing to read.
+    """
+
+    def __init__(self, lm: "LanguageModel", batch: int = 8) -> None:
+        self.lm, self.batch = lm, batch
+        self._free: dict[str, list[float]] = {}
+
+    def __call__(self, texts: Sequence[str], language: str) -> list[dict[str, str]]:
+        results = [annotate(text, language) for text in texts]
+        if language not in self._free:
+            self._free[language] = self._log_probs([CONTENT_FREE], language)[0]
+        written = [index for index, text in enumerate(texts) if text.strip()]
+        for start in range(0, len(written), self.batch):
+            chunk = written[start:start + self.batch]
+            for index, row in zip(chunk, self._log_probs([texts[index] for index in chunk], language)):
+                gains = iter([log_prob - free for log_prob, free in zip(row, self._free[language])])
+                for dimension, labels in DIMENSIONS.items():
+                    scores = {label: next(gains) for label in labels}
+                    results[index][dimension] = max(scores, key=scores.__getitem__)
+        return results
+
+    def _log_probs(self, texts: Sequence[str], language: str) -> list[list[float]]:
+        """For each text, log p of each label of each dimension, in the order of DIMENSIONS, natural log."""
+        import torch  # here, because whoever uses the rules alone needs none of it
+
+        template, comma, lead = PROMPTS[language]
+        prompts, continuations, worlds = [], [], []
+        for text in texts:
+            post = " ".join(text[:PROMPT_CHARACTERS].split())
+            for dimension, labels in DIMENSIONS.items():
+                words = [LABELS_ZH[label] if language == "zh" else label for label in labels]
+                prompt = template.format(question=QUESTIONS[language][dimension], options=comma.join(words), post=post)
+                world = worlds[-1] + 1 if worlds else 0  # a dimension's labels share their whole prompt
+                for word in words:
+                    prompts.append(prompt)
+                    continuations.append(lead + word)
+                    worlds.append(world)
+        with torch.no_grad():
+            flat = self.lm.log_prob(prompts, continuations, worlds=worlds).tolist()
+        width = len(flat) // len(texts)
+        return [flat[row * width:(row + 1) * width] for row in range(len(texts))]
+
+
 Annotator = Callable[[Sequence[str], str], list[dict[str, str]]]
 
 
@@ -203,7 +277,7 @@ def macro_f1(true: Sequence[str], predicted: Sequence[str]) -> float:
 
 
 def agreement(events: Iterable[Event], annotator: Annotator) -> dict[str, dict[str, float]]:
-    """Predicted labels against those the actions carry, a row a dimension: accuracy, macro-F1, the majority class's, count.
+    """Predicted labels against those the actions carry, by dimension: accuracy, macro-F1, both for the majority, count.
 
     The row `question` asks of every action with a label whether its intent is a question: RumourEval marks only those.
     """
