@@ -21,7 +21,8 @@ from pathlib import Path
 
 from mfllm_ref.errors import InputError
 
-TIME_FIELDS = ("started", "ended", "wall_time", "actions_per_second", "seconds", "tokens_per_second")  # of run.json and log.jsonl
+# Of run.json and log.jsonl:
+TIME_FIELDS = ("started", "ended", "wall_time", "actions_per_second", "seconds", "tokens_per_second")
 RUN_FILE, LOCK_FILE = "run.json", ".lock"
 _PACKAGES = ("torch", "triton", "safetensors", "tokenizers", "sentencepiece", "numpy", "matplotlib", "jinja2")
 
@@ -230,7 +231,8 @@ def _earlier(out: Path, record: Mapping) -> dict | None:
     return earlier
 
 
-def _check_place(out: Path, resume: bool) -> None:
+def check_place(out: Path, resume: bool) -> None:
+    """InputError where `open_run` would refuse the folder for what lies in it; creates nothing."""
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out}: not a folder")
     with _reported(out):
@@ -251,7 +253,7 @@ def open_run(out: Path, record: Mapping, resume: bool = False) -> Iterator[Run]:
     the folder can be resumed. InputError, in one line: another process writes there, the folder is not empty (without
     `resume`), holds something else or a run of other settings, or the disk refuses.
     """
-    _check_place(out, resume)
+    check_place(out, resume)
     with _reported(out):
         out.mkdir(parents=True, exist_ok=True)
         lock = os.open(out / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
@@ -261,7 +263,7 @@ def open_run(out: Path, record: Mapping, resume: bool = False) -> Iterator[Run]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(f"--out {out}: another run is writing there") from None
-        _check_place(out, resume)  # again, now that nobody else can write: it may have just been another run's
+        check_place(out, resume)  # again, now that nobody else can write: it may have just been another run's
         earlier = _earlier(out, record) or {}
         new = {"started": datetime.now().isoformat("T", "seconds"), **record}
         run = Run(out, earlier or new, finished=earlier.get("status") == "finished", resumed=bool(earlier))

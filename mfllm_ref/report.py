@@ -1,0 +1,239 @@
+"""What people look at: the table by method, the picture of a simulation, and the curves of a training run.
+
+Notable: pictures are drawn without pyplot (no window system, no global state) and carry no date or version, so equal
+numbers give equal bytes. Colours are Okabe and Ito's, told apart by most colour-blind readers; a method's family has a
+colour, its tuned or ablated members have their own dashes, and the names beside the KL panel are the legend.
+"""
+
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import matplotlib.style
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from mfllm_ref.metrics import LABELS, OURS, SHARE_WINDOW, Worlds, collect
+from mfllm_ref.runs import write_bytes
+
+_FAMILIES = {  # the longest matching name decides
+    "state": "#56B4E9", "sft": "#56B4E9", "recent": "#009E73", "popular": "#E69F00", "persistence": "#8C8C8C",
+    "empirical": "#CC79A7", "mf-llm": "#D55E00", "mf-llm-no-ib": "#0072B2",
+}  # fmt: skip
+_DASHES = {"sft": (0, (5, 2)), "-sft": (0, (5, 2)), "-policy": (0, (3, 1, 1, 1)), "-mf": (0, (1, 1))}
+_FALLBACK = "#332288"
+
+
+def _style(method: str) -> dict:
+    family = max((name for name in _FAMILIES if method.startswith(name)), key=len, default=None)
+    dashes = next((dash for ending, dash in _DASHES.items() if method.endswith(ending)), "-")
+    width = 2.4 if method == OURS else 1.3
+    return {"color": _FAMILIES.get(family, _FALLBACK), "linestyle": dashes, "linewidth": width}
+
+
+# ---- the table -----------------------------------------------------------------------------------------------------
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{round(100 * value)}%"
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    cells = ([row[0].ljust(widths[0])] + [cell.rjust(w) for cell, w in zip(row[1:], widths[1:])] for row in rows)
+    return ["  ".join(row).rstrip() for row in cells]
+
+
+def table(metrics: Mapping) -> str:
+    """The measures of DESIGN section 6 by method (what metrics.json holds) as plain text, at most 100 columns.
+
+    Means over dimensions; KL and its floor in nats, nll in nats a token.
+    """
+    compared = bool(metrics["reduction"])
+    head = ["method", "KL", "95% interval", "W1", "DTW", "macroF1", "microF1", "nll"]
+    head += ["reduction", "closed"] if compared else []
+    rows = [head]
+    for method, entry in metrics["methods"].items():
+        interval = entry["kl_ci95"]
+        row = [method, _number(entry["kl"]["mean"]), "-" if interval is None else "{:.3f}-{:.3f}".format(*interval)]
+        row += [_number(entry[name]["mean"]) for name in ("wasserstein", "dtw", "macro_f1", "micro_f1")]
+        row.append(_number(entry["nll"]))
+        if compared:
+            row += [_percent(metrics[name].get(method)) for name in ("reduction", "gap_closed")]
+        rows.append(row)
+    rows.append(["floor", _number(metrics["floor"]["mean"])] + [""] * (len(head) - 2))
+    lines = _aligned(rows)
+    rule = "-" * max(map(len, lines))
+    lines = [lines[0], rule, *lines[1:-1], rule, lines[-1]]
+    if compared:
+        lines.append(f"reduction: how far {OURS}'s KL is below the method's; closed: how much of its gap to the floor")
+    if metrics["excluded_dimensions"]:
+        lines.append("not in the means (real labels hardly vary): " + ", ".join(metrics["excluded_dimensions"]))
+    return "\n".join(lines)
+
+
+def effect_table(intervention: Mapping, dimension: str = "stance") -> str:
+    """What an intervention changed in one dimension's shares, in percentage points, by method and in the true process."""
+    rows = [[f"change of {dimension}", *LABELS[dimension]]]
+    effects = dict(intervention["effect"])
+    if intervention["true_effect"] is not None:
+        effects["true process"] = intervention["true_effect"]
+    rows += [[name, *(f"{100 * value:+.1f}" for value in effect[dimension].values())] for name, effect in effects.items()]
+    return "\n".join(["", *_aligned(rows), f"percentage points, from step {intervention['from_step']} on"])
+
+
+# ---- the picture of a simulation -----------------------------------------------------------------------------------
+
+
+def _paths(worlds: Worlds) -> tuple[dict[str, np.ndarray], int]:
+    """Label shares over time, {method or "real": [windows, labels of all dimensions]}, and the number of events.
+
+    Windows of SHARE_WINDOW rollout actions, mean over seeds and then over events at equal place. Only windows that at
+    least half of the events fill are kept, so that a change of the line is not a change of the events behind it.
+    """
+    onehots = [np.eye(len(labels)) for labels in LABELS.values()]
+    shares: dict[str, dict[str, list[np.ndarray]]] = {}
+    for (event, method, _), world in worlds.items():
+        whole = max(len(world.real) // SHARE_WINDOW, 1) * SHARE_WINDOW
+        for name, codes in ((method, world.simulated), ("real", world.real)):
+            flags = np.concatenate([onehot[codes[:whole, k]] for k, onehot in enumerate(onehots)], axis=1)
+            size = min(SHARE_WINDOW, len(flags))
+            path = flags.reshape(-1, size, flags.shape[1]).mean(1)
+            shares.setdefault(name, {}).setdefault(event, []).append(path)
+    lengths = sorted(len(paths[0]) for paths in shares["real"].values())
+    horizon = lengths[(len(lengths) - 1) // 2]
+    out = {}
+    for name, events in shares.items():
+        mean = np.full((len(events), horizon, sum(map(len, LABELS.values()))), np.nan)
+        for row, paths in enumerate(events.values()):
+            path = np.mean(paths, axis=0)[:horizon]
+            mean[row, : len(path)] = path
+        out[name] = np.nanmean(mean, axis=0)
+    return out, len(shares["real"])
+
+
+def _draw_shares(axes: Sequence[Axes], paths: Mapping[str, np.ndarray], excluded: Iterable[str]) -> None:
+    start = 0
+    middle = (np.arange(len(paths["real"])) + 0.5) * SHARE_WINDOW
+    for axis, (dimension, labels) in zip(axes, LABELS.items()):
+        # one label a dimension keeps a panel of 13 methods readable: the one whose real share moves most
+        shown = start + int(np.argmax(paths["real"][:, start : start + len(labels)].std(0)))
+        marker = "o" if len(middle) == 1 else None
+        for method, path in paths.items():
+            if method != "real":
+                axis.plot(middle, path[:, shown], marker=marker, **_style(method))
+        axis.plot(middle, paths["real"][:, shown], color="black", linewidth=3, marker=marker, zorder=5)
+        note = " (not in the mean)" if dimension in excluded else ""
+        axis.set_title(f"{dimension.replace('_', ' ')}: {labels[shown - start]}{note}", fontsize=11, loc="left")
+        low, high = axis.get_ylim()
+        middle_share, reach = (low + high) / 2, max(high - low, 0.1) / 2
+        axis.set_ylim(max(-0.01, middle_share - reach), min(1.01, middle_share + reach))
+        axis.margins(x=0.02)
+        axis.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f}%")
+        axis.yaxis.set_major_locator(MaxNLocator(5))
+        start += len(labels)
+
+
+def _draw_kl(axis: Axes, metrics: Mapping) -> None:
+    methods = list(metrics["methods"])
+    means = [metrics["methods"][method]["kl"]["mean"] for method in methods]
+    for row, (method, mean) in enumerate(zip(methods, means)):
+        if mean is None:
+            continue
+        style, interval = _style(method), metrics["methods"][method]["kl_ci95"]
+        if interval is not None:
+            axis.plot(interval, [row, row], color=style["color"], linewidth=5, alpha=0.35, solid_capstyle="butt")
+        axis.plot([mean], [row], "o", color=style["color"], markersize=7)
+        right = mean if interval is None else max(mean, interval[1])
+        axis.annotate(f"{mean:.3f}", (right, row), (6, 0), textcoords="offset points", va="center", fontsize=10)
+    bottom = metrics["floor"]["mean"]
+    if bottom is not None:
+        axis.axvline(bottom, color="black", linewidth=1, linestyle=(0, (4, 3)))
+        axis.annotate(f"floor {bottom:.3f}", (bottom, -0.8), (4, 0), textcoords="offset points", va="center")
+    for row, name in enumerate([*methods, "real"]):  # the legend: each name beside the line it has in the panels above
+        style = _style(name) if name != "real" else {"color": "black", "linewidth": 3}
+        at = axis.get_yaxis_transform()
+        axis.plot([-0.235, -0.195], [row, row], transform=at, clip_on=False, **style)
+        weight = "bold" if name == OURS else "normal"
+        axis.text(-0.185, row, name, transform=at, va="center", fontsize=11, weight=weight)
+    axis.set_ylim(len(methods) + 0.6, -1.3)
+    axis.set_yticks([])
+    axis.set_xlim(0, 1.1 * axis.get_xlim()[1])
+    axis.set_xlabel("KL(real || simulated) in nats: mean, and 95% interval over events")
+
+
+def _save(figure: Figure, path: Path) -> None:
+    content = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(content, metadata={"Software": None})
+    write_bytes(path, content.getvalue())
+
+
+def figure(rows: Iterable[Mapping] | Worlds, metrics: Mapping, path: Path) -> None:
+    """Write the picture of a simulation as PNG: label shares over time, real and simulated, and KL by method.
+
+    rows: trajectory rows, or what `metrics.collect` made of them; metrics: what `metrics.evaluate` made of them.
+    """
+    worlds = rows if isinstance(rows, dict) else collect(rows)
+    paths, events = _paths(worlds)
+    methods = len(metrics["methods"])
+    with matplotlib.style.context("default"):
+        page = Figure(figsize=(15, 8.2 + 0.3 * methods), dpi=100)
+        grid = page.add_gridspec(3, 4, height_ratios=(1, 1, 0.25 + 0.12 * methods), hspace=0.34, wspace=0.2)
+        page.subplots_adjust(left=0.05, right=0.98, top=0.92, bottom=0.07)
+        panels = [page.add_subplot(grid[k // 4, k % 4]) for k in range(len(LABELS))]
+        _draw_shares(panels, paths, metrics["excluded_dimensions"])
+        for panel in panels[4:]:
+            panel.set_xlabel("simulated actions")
+        below = page.add_subplot(grid[2, 1:])
+        _draw_kl(below, metrics)
+        for axis in (*panels, below):
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.grid(color="#E5E5E5", linewidth=0.7)
+            axis.set_axisbelow(True)
+        count = f"{events} event" + ("s" if events != 1 else "")
+        page.suptitle(f"Label shares over time, real (black) and simulated: mean of {count}", fontsize=14, y=0.975)
+        _save(page, path)
+
+
+# ---- training ------------------------------------------------------------------------------------------------------
+
+
+def loss_curve(rows: Iterable[Mapping], path: Path, keys: Sequence[str] = ("loss", "dev_loss")) -> None:
+    """Write the curves of a training log as PNG: one panel a `stage`, its `keys` against `step`.
+
+    rows: of log.jsonl, each with "step", optionally "stage", and those of `keys` it has; others and nulls are passed
+    over. A key with many points is drawn faintly, with its running median on top. An empty log is an empty picture.
+    """
+    stages: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for row in rows:
+        curves = stages.setdefault(str(row.get("stage", "training")), {})
+        for key in keys:
+            if row.get(key) is not None:
+                curves.setdefault(key, []).append((row["step"], row[key]))
+    colours = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+    with matplotlib.style.context("default"):
+        page = Figure(figsize=(6.5 * max(len(stages), 1), 4.2), dpi=100, layout="constrained")
+        for axis, (stage, curves) in zip(np.atleast_1d(page.subplots(1, max(len(stages), 1))), stages.items()):
+            for key, points in curves.items():
+                colour = colours[list(keys).index(key) % len(colours)]
+                steps, values = np.array(points, dtype=float).T
+                span = len(values) // 40
+                axis.plot(steps, values, color=colour, alpha=0.3 if span else 1, marker="" if span else ".",
+                          label=None if span else key)  # fmt: skip
+                if span:
+                    middle = [np.median(values[max(0, k - span) : k + span + 1]) for k in range(len(values))]
+                    axis.plot(steps, middle, color=colour, linewidth=2, label=key)
+            axis.set_title(stage, loc="left")
+            axis.set_xlabel("step")
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.grid(color="#E5E5E5", linewidth=0.7)
+            if curves:
+                axis.legend(frameon=False)
+        _save(page, path)

@@ -1,0 +1,206 @@
+"""A simulation from events to metrics.json: which events and methods, the rollout on disk, floors, likelihoods, effects.
+
+What `simulate.py` does, as functions that a notebook or `train.py` can call. Notable: a rollout is written a step at a
+time and goes on from its last complete step; memory holds the worlds' short histories, the files hold their texts.
+"""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from mfllm_ref import metrics
+from mfllm_ref.errors import InputError
+from mfllm_ref.lm import LanguageModel
+from mfllm_ref.runs import JsonLines, Run, read_json_lines
+from mfllm_ref.society import agora
+from mfllm_ref.society.events import Event
+from mfllm_ref.society.fields import list_field, parse_json, read_text, text_field
+from mfllm_ref.society.readers import load_events
+from mfllm_ref.society.rollout import (
+    METHODS, Annotator, Intervention, Method, Settings, World, complete_steps, horizon, rollout, teacher_forced,
+)  # fmt: skip
+
+BUILT_IN_EVENTS = 7  # one of each domain: what a run without arguments simulates
+CONTINUATIONS = 4  # true continuations that agora's floor and true effect are means of
+
+
+def choose_events(data: Path | None, split: str | None, ids: Sequence[str], limit: int | None) -> list[Event]:
+    """Events of `data` (None: the built-in world), those of `ids` or the first `limit`.
+
+    split: of the built-in world (default test), or a folder of that name within `data`. InputError for what is not there.
+    """
+    if data is None:
+        split = split or "test"
+        numbers = {f"agora-{split}-{index:04d}": index for index in range(agora.SPLITS[split])}
+        place = f"the built-in {split} split ({next(iter(numbers))} to {list(numbers)[-1]})"
+    else:
+        if split is not None and not (data / split).is_dir():
+            raise InputError(f"--split {split}: {data} has no folder of that name")
+        events = {event.id: event for event in load_events(data / split if split else data)}
+        numbers, place = dict.fromkeys(events, 0), f"{data} ({', '.join(list(events)[:3])}, ...)"
+    for name in ids:
+        if name not in numbers:
+            raise InputError(f"--event {name}: not in {place}")
+    chosen = list(dict.fromkeys(ids)) or list(numbers)[: limit or (BUILT_IN_EVENTS if data is None else None)]
+    return [agora.event(split, numbers[name]) if data is None else events[name] for name in chosen]
+
+
+def find_adapters(folder: Path | None, given: Mapping[str, Path | None]) -> dict[str, Path]:
+    """Where the adapters are that METHODS name: `given` ones first, else subfolders of `folder` that hold one."""
+    if folder is not None and not folder.is_dir():
+        raise InputError(f"--adapters {folder}: no such folder")
+    found = {}
+    for name in dict.fromkeys(name for m in METHODS.values() for name in (m.policy, m.mean_field) if name):
+        path = given.get(name) or (folder / name if folder else None)
+        if path is not None and (given.get(name) or (path / "adapter_config.json").exists()):
+            found[name] = path
+    return found
+
+
+def choose_methods(names: str | None, adapters: Mapping[str, Path], warmup: int) -> list[Method]:
+    """The methods called `names` (a,b,c), in the order of METHODS; None: every one whose adapters exist."""
+
+    def lacks(method: Method) -> list[str]:
+        return [name for name in (method.policy, method.mean_field) if name and name not in adapters]
+
+    if names is None:
+        return [m for m in METHODS.values() if not lacks(m) and not (m.resamples and warmup == 0)]
+    wanted = {name.strip() for name in names.split(",")}
+    for name in sorted(wanted - set(METHODS)):
+        raise InputError(f"--method {name!r}: no such method; there are {', '.join(METHODS)}")
+    chosen = [method for name, method in METHODS.items() if name in wanted]
+    for method in chosen:
+        if lacks(method):
+            raise InputError(f"--method {method.name}: needs the adapter {lacks(method)[0]}/ in --adapters")
+        if method.resamples and warmup == 0:
+            raise InputError(f"--method {method.name}: has nothing to draw from with --warmup 0")
+    return chosen
+
+
+def read_intervention(path: Path, events: Sequence[Event], settings: Settings) -> dict[int, list[tuple[str, str]]]:
+    """Inserted actions by step, (profile, text) each, from the JSON of DESIGN section 3. InputError names the fault."""
+    items = parse_json(read_text(path), str(path))
+    if not isinstance(items, list) or not items:
+        raise InputError(f'{path}: must be a list of {{"step", "actions"}}, with at least one')
+    steps = max(-(-horizon(event, settings) // settings.batch) for event in events)
+    out: dict[int, list[tuple[str, str]]] = {}
+    for number, item in enumerate(items):
+        where = f"{path}: item {number}"
+        if not isinstance(item, dict) or set(item) != {"step", "actions"}:
+            raise InputError(f'{where}: must be an object with "step" and "actions"')
+        step = item["step"]
+        if type(step) is not int or not 0 <= step < steps - 1:
+            raise InputError(f"{where}: 'step' must be a whole number from 0 to {steps - 2}, so that a step follows")
+        for action in list_field(item, "actions", where):
+            if not isinstance(action, dict) or set(action) != {"profile", "text"}:
+                raise InputError(f'{where}: an action must be an object with "profile" and "text"')
+            out.setdefault(step, []).append((text_field(action, "profile", where), text_field(action, "text", where)))
+    if not out:
+        raise InputError(f"{path}: inserts no action")
+    return out
+
+
+def spoken(worlds: Sequence[World], settings: Settings) -> int:
+    """How many actions the language model writes in these worlds."""
+    return sum(horizon(w.event, settings) - settings.warmup for w in worlds if not w.method.resamples)
+
+
+def roll_out(
+    run: Run,
+    suffix: str,
+    lm: LanguageModel,
+    worlds: Sequence[World],
+    settings: Settings,
+    annotate: Annotator,
+    intervention: Intervention | None,
+    progress: bool,
+) -> tuple[int, float]:
+    """Roll the worlds out into trajectory<suffix>.jsonl and mean_field<suffix>.jsonl of the run's folder, or go on there.
+
+    Returns how many actions the language model wrote now, and the seconds that took.
+    """
+    trajectory, mean_field = (run.lines(f"{name}{suffix}.jsonl") for name in ("trajectory", "mean_field"))
+    _, rows, fields = complete_steps(worlds, settings, trajectory.count, mean_field.count)
+    trajectory.keep(rows)
+    mean_field.keep(fields)
+    done = (list(trajectory.rows()), list(mean_field.rows()))
+    written, started = 0, time.perf_counter()
+    bar = tqdm(total=spoken(worlds, settings), initial=_spoken(done[0]), unit="action", disable=not progress, smoothing=0)
+    with bar:
+        for new_rows, new_fields in rollout(lm, worlds, settings, annotate, intervention, done):
+            mean_field.append(new_fields)
+            trajectory.append(new_rows)
+            written += _spoken(new_rows)
+            bar.update(_spoken(new_rows))
+    return written, time.perf_counter() - started
+
+
+def _spoken(rows: Sequence[Mapping]) -> int:
+    return sum(row["phase"] == "rollout" and not METHODS[str(row["method"])].resamples for row in rows)
+
+
+def nll(lm: LanguageModel, worlds: Sequence[World], settings: Settings, annotate: Annotator) -> dict[str, float]:
+    """Mean negative log-likelihood in nats per token of the real actions under each method that has a model."""
+    total: dict[str, np.ndarray] = {}
+    for number, nats, tokens in teacher_forced(lm, worlds, settings, annotate):
+        name = worlds[number].method.name
+        total[name] = total.get(name, np.zeros(2)) + (nats.sum(), tokens.sum())
+    return {name: float(nats / tokens) for name, (nats, tokens) in total.items()}
+
+
+def _continued(
+    event: Event, settings: Settings, annotate: Annotator, items: Sequence[Mapping] | None = None
+) -> Iterator[list[dict[str, str]]]:
+    """Labels of the rollout actions in CONTINUATIONS runs of the event's true process."""
+    for seed in range(CONTINUATIONS):
+        actions = agora.true_rollout(event, settings.warmup, items, seed, batch=settings.batch)
+        texts = [action.text for action in actions[settings.warmup : horizon(event, settings)]]
+        yield annotate(texts, event.language)
+
+
+def floors(events: Sequence[Event], settings: Settings, annotate: Annotator) -> dict[str, dict[str, float]]:
+    """The floor of built-in events, {event: {dimension: KL}}: their true process against continuations of itself."""
+    out = {}
+    for event in events:
+        real = annotate([a.text for a in event.actions[settings.warmup : horizon(event, settings)]], event.language)
+        values = [metrics.kl_between(real, other) for other in _continued(event, settings, annotate)]
+        out[event.id] = {name: float(np.mean([value[name] for value in values])) for name in values[0]}
+    return out
+
+
+def effect(
+    run: Run, events: Sequence[Event] | None, settings: Settings, annotate: Annotator, intervention: Intervention
+) -> dict:
+    """What an intervention changed, from the rows with and without it on disk: {"from_step", "effect", "true_effect"}.
+
+    events: those of the built-in world, whose true process is run with and without it too; None elsewhere.
+    """
+    start = min(intervention) + 1
+    files = (read_json_lines(run.out / name) for name in ("trajectory.jsonl", "trajectory-without.jsonl"))
+    out = {"from_step": start, "effect": metrics.intervention_effect(*files, from_step=start), "true_effect": None}
+    if events is None:
+        return {**out, "note": "true_effect is null: the true process of these events is not known"}
+    items = [
+        {"step": step, "actions": [{"profile": profile, "text": text} for profile, text in actions]}
+        for step, actions in intervention.items()
+    ]
+
+    def rows(items: Sequence[Mapping] | None) -> Iterator[dict]:
+        for event in events:
+            for seed, labels in enumerate(_continued(event, settings, annotate, items)):
+                for index, row in enumerate(labels, start=settings.warmup):
+                    yield {"event": event.id, "method": "truth", "seed": seed, "step": index // settings.batch,
+                           "index": index, "phase": "rollout", "labels": row, "real_labels": row}  # fmt: skip
+
+    true = metrics.intervention_effect(rows(items), rows(None), from_step=start)
+    return {**out, "true_effect": true["truth"]}
+
+
+def weights_of(backbone: Path) -> dict[str, Path]:
+    """The files of a checkpoint that decide what it computes, by what they are: for run.json's sha256."""
+    kinds = {".safetensors": "weights", ".json": "tokenizer", ".model": "tokenizer", ".jinja": "tokenizer"}
+    files = sorted(path for path in backbone.iterdir() if path.suffix in kinds)
+    return {f"{'config' if 'config.json' == path.name else kinds[path.suffix]}/{path.name}": path for path in files}

@@ -1,0 +1,143 @@
+"""Simulate how a population decides, and measure how close each method comes to what really happened.
+
+    python simulate.py                                   # the built-in world, every method, under 90 s on two cores
+    python simulate.py --method state,mf-llm --seeds 3
+    python simulate.py --data PATH --backbone DIR        # your events, your Hugging Face style model
+    python simulate.py --intervene FILE.json             # what if these posts had been there too?
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from mfllm_ref import doors
+
+CHECKPOINTS = Path(__file__).resolve().parent / "checkpoints"
+
+EPILOG = """\
+It writes to --out: report.png (look at this first), metrics.json (every number of the table it prints, and more),
+trajectory.jsonl (each action, simulated and real, with its labels), mean_field.jsonl (the summaries of the population)
+and run.json (what made all this). Ctrl-C is safe: the same command with --out and --resume goes on.
+Exit codes: 0 done, 2 bad input, 130 interrupted."""
+
+
+def parser() -> doors.Parser:
+    out = doors.Parser(
+        prog="simulate.py", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    what = out.add_argument_group("what to simulate")
+    what.add_argument("--data", type=Path, metavar="PATH", help="file or folder of events, the format is detected "
+                      "(default: the built-in world)")  # fmt: skip
+    what.add_argument("--split", choices=("train", "dev", "test"), help="of the built-in world (default: test), or a "
+                      "folder of that name in --data")  # fmt: skip
+    what.add_argument("--event", action="append", default=[], metavar="ID", help="only this event; may be repeated")
+    what.add_argument("--events", type=doors.positive, metavar="N", help="only the first N events (default: 7 of the "
+                      "built-in world, all of --data)")  # fmt: skip
+    what.add_argument("--method", metavar="A,B,C", help="methods to compare (default: all whose adapters exist)")
+    what.add_argument("--agents", type=doors.positive, metavar="N", help="first N actions of an event, warm-up included "
+                      "(default: all)")  # fmt: skip
+    what.add_argument("--batch", type=doors.positive, default=10, metavar="B", help="agents a step (default: 10)")
+    what.add_argument("--warmup", type=doors.natural, default=50, metavar="W", help="first W actions are the real ones, "
+                      "the rest is simulated (default: 50)")  # fmt: skip
+    what.add_argument("--seeds", type=doors.positive, default=1, metavar="R", help="roll each event out R times "
+                      "(default: 1)")  # fmt: skip
+    what.add_argument("--intervene", type=Path, metavar="FILE", help='insert actions: a JSON list of {"step": t, '
+                      '"actions": [{"profile": "...", "text": "..."}]}; the effect is measured against the same seeds '
+                      "without them")  # fmt: skip
+    model = out.add_argument_group("the language model")
+    model.add_argument("--backbone", type=Path, metavar="DIR", help="qwen2, qwen3, llama or mistral checkpoint "
+                       "(default: checkpoints/tiny)")  # fmt: skip
+    model.add_argument("--adapters", type=Path, metavar="DIR", help="folder of LoRA adapters: policy/, mean-field/, "
+                       "sft/, recent-sft/, ... (default: those of checkpoints/tiny, if it is the backbone)")  # fmt: skip
+    model.add_argument("--policy-adapter", type=Path, metavar="DIR", help="use this as the policy's adapter")
+    model.add_argument("--mean-field-adapter", type=Path, metavar="DIR", help="use this as the mean field's adapter")
+    model.add_argument("--chat", action="store_true", help="put prompts into the checkpoint's chat template")
+    model.add_argument("--summary-tokens", type=doors.positive, default=120, metavar="N", help="longest summary of the "
+                       "population (default: 120)")  # fmt: skip
+    model.add_argument("--action-tokens", type=doors.positive, default=48, metavar="N", help="longest action (default: "
+                       "48)")  # fmt: skip
+    model.add_argument("--annotator", choices=("rules", "lm"), default="rules", help="what labels texts: word lists, or "
+                       "the backbone (worth it for a large one; default: rules)")  # fmt: skip
+    doors.add_common(out)
+    return out
+
+
+def main() -> None:
+    args = parser().parse_args()
+    from mfllm_ref import metrics, report, runs
+
+    if args.resume and args.out is None:
+        raise doors.InputError("--resume: name the folder to go on in with --out")
+    out = args.out or runs.default_out()
+    runs.check_place(out, args.resume)
+
+    from mfllm_ref import simulation  # torch takes a second or two; whatever is wrong above is said before
+    from mfllm_ref.lm import LanguageModel
+    from mfllm_ref.society.annotate import LMAnnotator, RuleAnnotator
+    from mfllm_ref.society.rollout import Settings, World, horizon
+
+    threads = doors.threads(args)
+    device, dtype = doors.device_and_dtype(args)
+    backbone = args.backbone or CHECKPOINTS / "tiny"
+    own = CHECKPOINTS / "adapters"
+    folder = args.adapters or (own if args.backbone is None and own.is_dir() else None)
+    given = {"policy": args.policy_adapter, "mean-field": args.mean_field_adapter}
+    adapters = simulation.find_adapters(folder, given)
+    methods = simulation.choose_methods(args.method, adapters, args.warmup)
+    adapters = {name: path for name, path in adapters.items() if any(name in (m.policy, m.mean_field) for m in methods)}
+    events = simulation.choose_events(args.data, args.split, args.event, args.events)
+    settings = Settings(args.agents, args.batch, args.warmup, args.seed, args.action_tokens, args.summary_tokens, args.chat)
+    for event in events:
+        horizon(event, settings)  # refuses a warm-up that leaves nothing to simulate
+    intervention = simulation.read_intervention(args.intervene, events, settings) if args.intervene else None
+    lm = LanguageModel.load(backbone, device=str(device), dtype=dtype)
+    for name, path in adapters.items():
+        lm.load_adapter(name, path)
+    if args.chat:
+        lm.tokenizer.chat([{"role": "user", "content": "?"}])  # refuses a checkpoint without a template
+    annotate = LMAnnotator(lm) if args.annotator == "lm" else RuleAnnotator()
+
+    seeds = [args.seed + k for k in range(args.seeds)]
+    worlds = [World(event, method, seed) for event in events for method in methods for seed in seeds]
+    inputs = {**simulation.weights_of(backbone), **{f"adapters/{name}": path for name, path in adapters.items()}}
+    inputs |= {name: path for name, path in (("data", args.data), ("intervention", args.intervene)) if path}
+    record = {
+        "settings": {
+            "command": "simulate.py", "events": [event.id for event in events], "methods": [m.name for m in methods],
+            "agents": args.agents, "batch": args.batch, "warmup": args.warmup, "seed": args.seed, "seeds": args.seeds,
+            "intervene": args.intervene is not None, "chat": args.chat, "summary_tokens": args.summary_tokens,
+            "action_tokens": args.action_tokens, "annotator": args.annotator, "device": device.type,
+            "dtype": str(dtype).removeprefix("torch."), "threads": threads,
+        },
+        "paths": {"backbone": str(backbone), "data": str(args.data or "built-in"), "adapters": str(folder or "none")},
+        "seeds": seeds, "threads": threads, **runs.provenance(inputs),
+    }  # fmt: skip
+    with runs.open_run(out, record, args.resume) as run:
+        if run.finished:
+            print(f"{out} is finished: see {out / 'report.png'}")
+            return
+        show = sys.stderr.isatty()
+        common = (lm, worlds, settings, annotate)
+        written, seconds = simulation.roll_out(run, "", *common, intervention, show)
+        if intervention:
+            more = simulation.roll_out(run, "-without", *common, None, show)
+            written, seconds = written + more[0], seconds + more[1]
+        likelihood = simulation.nll(lm, [world for world in worlds if world.seed == seeds[0]], settings, annotate)
+        floors = simulation.floors(events, settings, annotate) if args.data is None and args.warmup else None
+        labels = metrics.collect(runs.read_json_lines(out / "trajectory.jsonl"))
+        result = metrics.evaluate(labels, {event.id: event.domain for event in events}, floors, likelihood)
+        if intervention:
+            known = events if args.data is None and args.warmup else None
+            result["intervention"] = simulation.effect(run, known, settings, annotate, intervention)
+        runs.write_json(out / "metrics.json", result)
+        report.figure(labels, result, out / "report.png")
+        speed = round(written / seconds, 1) if written else None
+        run.complete(actions_per_second=speed)
+    print(report.table(result))
+    if intervention:
+        print(report.effect_table(result["intervention"]))
+    print(f"\n{written} actions in {seconds:.0f} s ({speed or 0:.1f} a second). Everything is in {out}: see report.png")
+
+
+if __name__ == "__main__":
+    sys.exit(doors.run_door("simulate.py", main))
