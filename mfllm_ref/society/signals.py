@@ -119,7 +119,7 @@ class History:
         self.retention = 0.5 ** (batch / HALF_LIFE)
         self.newest: deque[Seen] = deque(maxlen=POPULAR_WINDOW)
         self.children: dict[int, int] = {}
-        self.total: Shares | None = None
+        self.mean: Shares | None = None
         self.weight = 0.0
 
     def update(self, step: Sequence[Seen]) -> None:
@@ -130,15 +130,15 @@ class History:
         for seen in step:
             if seen.parent is not None:
                 self.children[seen.parent] = self.children.get(seen.parent, 0) + 1
-        now = shares([seen.labels for seen in step])
-        if self.total is None:
-            self.total = {dimension: np.zeros_like(p) for dimension, p in now.items()}
-        self.total = {dimension: self.retention * self.total[dimension] + p for dimension, p in now.items()}
         self.weight = self.retention * self.weight + 1
+        now = shares([seen.labels for seen in step])
+        # Moving the mean by its distance to `now` keeps it exactly where it is when there is no distance.
+        before = self.mean or now
+        self.mean = {dimension: p + (now[dimension] - p) / self.weight for dimension, p in before.items()}
 
     def population(self) -> Shares | None:
         """Exponentially weighted label shares of all actions so far (half-life HALF_LIFE actions); None before the first."""
-        return None if self.total is None else {d: p / self.weight for d, p in self.total.items()}
+        return self.mean
 
     def _score(self, seen: Seen) -> float:
         known = self.children.get(seen.index, 0) if seen.index is not None else 0
