@@ -126,21 +126,23 @@ class Batch:
 
 
 def collate(
-    documents: Sequence[tuple[str, Document]], tokenizer: Tokenizer, end: int, longest: int = 368, multiple: int = 16
+    documents: Sequence[tuple[str, Document]], tokenizer: Tokenizer, end: int, length: int = 368, multiple: int = 16
 ) -> Batch:
-    """Tokens of `documents`, one row each; the row length is rounded up to `multiple`.
+    """Tokens of `documents`, one row each, with as many of each document's branches as fit.
 
-    Branches that would take a row past `longest` tokens are left out (never its first): one long row makes all rows long.
+    Rows are `length` tokens long, or as long as the longest prefix with one branch needs, rounded up to `multiple`.
     """
     texts = dict.fromkeys(t for _, d in documents for t in (d.prefix, *(p for branch in d.branches for p in branch)))
     encoded = dict(zip(texts, tokenizer.encode_batch(list(texts)), strict=True))
     rows = []
+    needed = (sum(len(encoded[t]) for t in (d.prefix, *d.branches[0])) + 1 for _, d in documents)
+    length = -(-max(length, *needed) // multiple) * multiple
     for _, document in documents:
         prefix = encoded[document.prefix]
         ids, targets, segments, positions = list(prefix), [-100] * len(prefix), [0] * len(prefix), [*range(len(prefix))]
         for number, (private, target) in enumerate(document.branches, start=1):
             prompt, answer = encoded[private], [*encoded[target], end]
-            if number > 1 and len(ids) + len(prompt) + len(answer) > longest:
+            if number > 1 and len(ids) + len(prompt) + len(answer) > length:
                 break
             if prompt:  # the prompt's last token predicts the answer's first
                 learned = [-100] * (len(prompt) - 1) + answer
@@ -151,11 +153,8 @@ def collate(
             segments += [number] * len(learned)
             positions += range(len(prefix), len(prefix) + len(learned))
         rows.append((ids, positions, segments, targets))
-    time_ = -(-max(len(row[0]) for row in rows) // multiple) * multiple
     fills = (end, 0, -1, -100)
-    columns = (
-        torch.tensor([row[c] + [fills[c]] * (time_ - len(row[c])) for row in rows], dtype=torch.int64) for c in range(4)
-    )
+    columns = (torch.tensor([row[c] + [fills[c]] * (length - len(row[c])) for row in rows]) for c in range(4))
     return Batch(*columns, [sort for sort, _ in documents])
 
 
