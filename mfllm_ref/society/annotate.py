@@ -66,7 +66,7 @@ TOKENS = {  # what is not a word; also keeps words inside links, names and title
 FILLER = " \t\r\n\u200b\ufeff.。,、…·~:;-—_/\\|()\"'“”‘’@#&*=><【】[]`^"
 # A leading marker makes a share too; the words after it are the sharer's unless they are quoted from @somebody.
 SHARED = re.compile(r"\s*(?:rt\b|(?:re-?post(?:ing)?|shar(?:ed|ing)(?: this)?|passing this on|fwd|转发?) ?:)")
-FULLWIDTH = str.maketrans("？！，～：；（）’＠＃", "?!,~:;()'@#")
+FULLWIDTH = str.maketrans("？！，～：；（）［］’＠＃", "?!,~:;()[]'@#")
 QUOTED_ZH = re.compile(r"/+\s*@.*|\bRT\s*@.*", re.DOTALL)
 REPLY_ZH = re.compile(r"\s*回[复復覆]\s*@?[^\s:：]{1,40}\s*[:：]")
 QUOTED_EN = re.compile(r"""[“"]\s*@\w+:?[^”"]{0,300}[”"]?|\b[RMQ]T\b[\s:]*[“"]?\.?@.*""", re.DOTALL)

@@ -143,12 +143,12 @@ def test_an_unknown_language_is_refused():
 
 
 def test_long_hostile_texts_take_linear_time():
-    """No run of openers, markers or cues makes the matcher backtrack: 100,000 characters take well under a second each."""
+    """No run of openers, markers or cues makes the matcher backtrack: 100,000 characters take well under a CPU second each."""
     for piece in ("《", "[", "#", "@", "“@a:", "//@", "转发", "rt ", "哈", "ha", "不", "not ", "!", "http:", "a", "#a "):
         for language in ("zh", "en"):
-            start = time.perf_counter()
+            start = time.process_time()
             annotate(piece * (100_000 // len(piece)), language)
-            assert time.perf_counter() - start < 3, (piece, language)
+            assert time.process_time() - start < 3, (piece, language)
 
 
 def test_a_million_short_texts_a_minute():

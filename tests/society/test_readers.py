@@ -150,7 +150,7 @@ def events(draw):
                  draw(st.dictionaries(texts, st.floats(allow_nan=False, allow_infinity=False), max_size=2)))
 
 
-@settings(derandomize=True, deadline=None, max_examples=60)
+@settings(derandomize=True, deadline=None, max_examples=30)
 @given(written=st.lists(events(), min_size=1, max_size=3, unique_by=lambda event: event.id))
 def test_round_trip(tmp_path_factory, written):
     """What is written is read back equal: texts, posts, reach, parents, labels and facts included."""
@@ -159,7 +159,7 @@ def test_round_trip(tmp_path_factory, written):
     assert load_events(path) == written
 
 
-@settings(derandomize=True, deadline=None, max_examples=40)
+@settings(derandomize=True, deadline=None, max_examples=20)
 @given(event=events(), data=st.data())
 def test_order_in_the_file_does_not_matter(tmp_path_factory, event, data):
     """Shuffling an event's actions in the file (parents renumbered) changes nothing if no two times are equal."""
