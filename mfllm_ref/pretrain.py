@@ -33,7 +33,7 @@ from mfllm_ref.society.corpus import Corpus, Document, Mixture, Past, pretrainin
 from mfllm_ref.society.events import Event
 from mfllm_ref.society.response import WATCHED, response_curve, slope
 
-HELD_OUT = 40  # events that the response curve is drawn on
+HELD_OUT = 20  # events that the response curve is drawn on
 END = "<|endoftext|>"
 # Newlines stand alone (they end prompts and sections), an emoticon in brackets is one piece, and a percentage is its digits,
 # the last one with its sign: ten tens and ten units are learned from less data than a hundred numbers.

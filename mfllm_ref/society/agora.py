@@ -24,6 +24,7 @@ import numpy as np
 from mfllm_ref.errors import InputError
 from mfllm_ref.society import agora_text
 from mfllm_ref.society.agora_text import STANCES, grammar, pick
+from mfllm_ref.society.annotate import annotate
 from mfllm_ref.society.events import Action, Agent, Event, PublicPost
 
 DOMAINS = ("crime", "culture", "health", "news", "politics", "sports", "technology")
@@ -37,11 +38,11 @@ CONSTANTS: dict[str, Any] = {
     "first_opinion": 0.3,  # Dirichlet parameter of m_0
     "field": 0.8,  # standard deviation of h, per stance
     "field_noise": 0.3,  # what the topic's second sentence tells of h
-    "utility": {"outlook": 1.3, "occupation": 0.5},  # private utility, about 0.7 standard deviation per stance
-    "influencers": 0.08,  # share of agents with reach
-    "slant": 1.5,  # utility of the influencers' own stance
+    "utility": {"outlook": 1.2, "occupation": 0.5},  # private utility: what the profile's words add to their stance
+    "influencers": 0.1,  # share of agents with reach
+    "slant": 2.0,  # utility of the influencers' own stance
     "shocks": (0.5, 0.35, 0.15),  # probability of none, one, two
-    "shock_size": (0.6, 1.0),  # a celebrity's post, an official statement
+    "shock_size": (0.5, 0.9),  # a celebrity's post, an official statement
     # Given stance, its share m[stance] = a and the mood word: weights base + slope * a of each feeling.
     "feeling": {
         "support": {"angry": (0.02, 0.0), "calm": (0.9, -0.7), "happy": (0.5, 1.0), "sad": (0.03, 0.0),
@@ -53,19 +54,19 @@ CONSTANTS: dict[str, Any] = {
     },
     "mood": 2.5,  # factor on what the mood word names
     # Given stance: chance base + slope * a. Only a neutral agent passes a topic on without a word.
-    "share": {"support": (0.0, 0.0), "oppose": (0.0, 0.0), "neutral": (0.25, 0.5)},
-    "objective": {"support": (0.12, 0.0), "oppose": (0.12, 0.0), "neutral": (0.35, 0.3)},
-    "denial": {"support": (0.0, 0.0), "oppose": (0.45, 0.4), "neutral": (0.0, 0.0)},
+    "share": {"support": (0.0, 0.0), "oppose": (0.0, 0.0), "neutral": (0.2, 0.6)},
+    "objective": {"support": (0.1, 0.0), "oppose": (0.1, 0.0), "neutral": (0.45, 0.3)},
+    "denial": {"support": (0.0, 0.0), "oppose": (0.5, 0.45), "neutral": (0.0, 0.0)},
     "judgement": {"support": (0.8, 0.0), "oppose": (0.8, 0.0), "neutral": (0.0, 0.0)},
-    "doubt": {"support": (0.03, 0.0), "oppose": (0.5, 0.0), "neutral": (0.15, 0.0)},
-    "question": {"support": (0.03, 0.0), "oppose": (0.1, 0.0), "neutral": (0.5, 0.0)},
-    "promotion": {"support": (0.1, 0.4), "oppose": (0.03, 0.05), "neutral": (0.02, 0.0)},
+    "doubt": {"support": (0.03, 0.0), "oppose": (0.6, 0.3), "neutral": (0.1, 0.0)},
+    "question": {"support": (0.03, 0.0), "oppose": (0.06, 0.0), "neutral": (0.6, 0.0)},
+    "promotion": {"support": (0.1, 0.5), "oppose": (0.03, 0.05), "neutral": (0.02, 0.0)},
 }
 NOISE = 40  # uniforms an action: one a label, the rest for words
 
 
 def generator(*key: object) -> np.random.Generator:
-    """A generator seeded by a stable hash of `key` (the same on every machine and run)."""
+    """A source of noise seeded by a stable hash of `key` (the same on every machine and run)."""
     digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=16).digest()
     return np.random.Generator(np.random.PCG64(int.from_bytes(digest, "little")))
 
@@ -81,7 +82,6 @@ class World:
     coupling: float
     half_life: float
     first_opinion: np.ndarray
-    base_field: np.ndarray
     field: np.ndarray
     posts: tuple[PublicPost, ...]
     agents: tuple[Agent, ...]
@@ -112,19 +112,14 @@ def memory(half_life: float, actions: int) -> float:
 
 
 def spectral_radius(utility: np.ndarray, coupling: float) -> float:
-    """Radius of dF/dm at the disordered fixed point of the map without its public field; above 1 disorder is unstable.
+    """Radius of dF/dm at the disordered fixed point; above 1 disorder is unstable, J/3 where all utilities are equal.
 
-    The fixed point (1/3 each for a balanced population) is found by Newton's method, as it may be unstable.
+    The map is taken without its public field and over the population with its relabellings (each agent once per order
+    of the stances), so that nothing favours a stance and m = 1/3 is a fixed point. There dF/dm is
+    J E[diag(p) - p p^T], a multiple of the projection on vectors of sum 0, whose radius is half its trace.
     """
-    opinion = np.full(3, 1 / 3)
-    for _ in range(50):
-        p = choice_probabilities(utility, coupling, np.zeros(3), opinion)
-        jacobian = coupling * (np.diag(p.mean(axis=0)) - p.T @ p / len(p))
-        step = np.linalg.solve(np.eye(3) - jacobian, p.mean(axis=0) - opinion)
-        opinion = opinion + np.clip(step, -0.1, 0.1)
-        if np.abs(step).max() < 1e-10:
-            break
-    return float(np.abs(np.linalg.eigvals(jacobian)).max())
+    p = choice_probabilities(utility, coupling, np.zeros(3), np.full(3, 1 / 3))
+    return float(coupling * (1 - (p**2).sum(axis=1).mean()) / 2)
 
 
 @lru_cache(maxsize=64)
@@ -148,25 +143,26 @@ def world(split: str, index: int) -> World:
     name, place = _topic_names(split, index)
     lean = int(told.argmax())
     strong = bool(told.max() - told.mean() > 0.8)
-    topic = agora_text.topic(domain, min(max(int(3 * seen), 0), 2), STANCES[lean], strong, name, place, iter(rng.random(2)))
+    contagion = min(max(int(3 * seen), 0), 2)
+    topic = agora_text.topic(domain, contagion, STANCES[lean], strong, name, place, iter(rng.random(2)))
     field, posts = _shocks(base, rng)
     agents, moods, slots, utility = _population(f"agora-{split}-{index:04d}", place, rng)
-    return World(split, index, domain, topic, coupling, half_life, first_opinion, base, field, posts, agents, moods,
-                 slots, utility)
+    return World(split, index, domain, topic, coupling, half_life, first_opinion, field, posts, agents, moods, slots,
+                 utility)
 
 
 def _topic_names(split: str, index: int) -> tuple[str, str]:
     """A name and a place that no other event of this domain has, in this split or another."""
     names, places = grammar()["names"], grammar()["places"]
-    first = sum(-(-count // len(DOMAINS)) for other, count in SPLITS.items()
-                if list(SPLITS).index(other) < list(SPLITS).index(split))
+    splits = list(SPLITS)
+    first = sum(-(-SPLITS[other] // len(DOMAINS)) for other in splits[: splits.index(split)])
     order = generator("agora", "topics", DOMAINS[index % len(DOMAINS)]).permutation(len(names) * len(places))
     pair = int(order[first + index // len(DOMAINS)])
     return names[pair // len(places)], places[pair % len(places)]
 
 
 def _shocks(base: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, tuple[PublicPost, ...]]:
-    """The field h(t) [actions, 3], and the public posts that shift it for good; from its index on everyone has seen one."""
+    """The field h(t) [actions, 3], and the public posts that shift it for good, each from its index on."""
     field, posts = np.tile(base, (ACTIONS, 1)), []
     count = int(np.searchsorted(np.cumsum(CONSTANTS["shocks"]), rng.random()))
     for index in sorted(rng.choice(np.arange(WARMUP, ACTIONS - 50, UPDATE), size=count, replace=False)):
@@ -183,7 +179,8 @@ def _population(event_id: str, place: str, rng: np.random.Generator
     Outlooks and occupations are balanced over stances. Influencers have most of the reach and a stance of their own.
     """
     words = grammar()
-    outlooks = [(word, STANCES.index(stance), size) for stance, row in words["outlook"].items() for word, size in row.items()]
+    outlooks = [(word, STANCES.index(stance), size)
+                for stance, row in words["outlook"].items() for word, size in row.items()]
     jobs = [(word, STANCES.index(stance)) for stance in STANCES for word in words["occupations"][stance]]
     moods = list(words["moods"])
     slant = int(rng.integers(3))
@@ -257,8 +254,8 @@ def act(here: World, index: int, stance: int, opinion: np.ndarray, noise: Sequen
     return Action(agent, text, 60.0 * index, agent.reach, None, labels)
 
 
-def proceed(here: World, start: int, opinion: np.ndarray, pending: Sequence[int], noise: np.ndarray, stop: int = ACTIONS,
-            inserted: Mapping[int, Sequence[int]] | None = None) -> list[Action]:
+def proceed(here: World, start: int, opinion: np.ndarray, pending: Sequence[int], noise: np.ndarray,
+            stop: int = ACTIONS, inserted: Mapping[int, Sequence[int]] | None = None) -> list[Action]:
     """Run the process over actions start to stop, from opinion m [3] and the stances not yet taken into it.
 
     noise [stop - start, NOISE] uniforms. inserted: stances that enter m beside the actions before the key's index.
@@ -299,19 +296,21 @@ def listen(here: World, opinion: np.ndarray, stances: Sequence[int], inserted: M
 
 
 def world_of(event: Event) -> World:
+    """The world an event came from; raises InputError where it is not one of agora's."""
     name, _, rest = event.id.partition("-")
     split, _, index = rest.partition("-")
-    if name != "agora" or split not in SPLITS or not index.isdigit() or world(split, int(index)).topic != event.topic:
+    if name != "agora" or split not in SPLITS or not index.isdecimal() or world(split, int(index)).topic != event.topic:
         raise InputError(f"event {event.id!r}: not one of agora's, so its true process is unknown")
     return world(split, int(index))
 
 
 def event(split: str, index: int) -> Event:
-    """Event `index` of `split` (SPLITS): 300 actions, of which 50 are meant as warm-up. InputError where there is none."""
+    """Event `index` of `split` (SPLITS): 300 actions, 50 meant as warm-up. Raises InputError where there is none."""
     here = world(split, index)
     actions = proceed(here, 0, here.first_opinion, (), generator(here.id, "actions").random((ACTIONS, NOISE)))
-    facts = {"J": here.coupling, "half_life": here.half_life, "spectral_radius": spectral_radius(here.utility, here.coupling)}
-    facts |= {f"h_{stance}": float(value) for stance, value in zip(STANCES, here.base_field)}
+    radius = spectral_radius(here.utility, here.coupling)
+    facts = {"J": here.coupling, "half_life": here.half_life, "spectral_radius": radius}
+    facts |= {f"h_{stance}": float(value) for stance, value in zip(STANCES, here.field[0])}
     facts |= {f"m0_{stance}": float(value) for stance, value in zip(STANCES, here.first_opinion)}
     return Event(here.id, here.topic, here.domain, "en", tuple(actions), here.posts, facts)
 
@@ -326,14 +325,19 @@ def true_rollout(event: Event, warmup: int, intervention: Sequence[Mapping[str, 
     out. One `seed` is one noise, with or without an intervention. Raises InputError for an event that is not agora's.
     """
     here = world_of(event)
-    if not 0 < warmup <= len(event.actions):
-        raise InputError(f"warm-up {warmup}: {event.id} has {len(event.actions)} actions")
+    if not 0 < warmup <= len(event.actions) <= ACTIONS:
+        raise InputError(f"event {event.id}: warm-up {warmup} of {len(event.actions)} actions")
     inserted: dict[int, list[int]] = {}
     for item in intervention or ():
-        from mfllm_ref.society.annotate import annotate
-        stances = [STANCES.index(annotate(action["text"], event.language)["stance"]) for action in item["actions"]]
-        inserted.setdefault((item["step"] + 1) * batch, []).extend(stances)
-    stances = [STANCES.index(action.labels["stance"]) for action in event.actions[:warmup]]
+        try:
+            texts, end = [action["text"] for action in item["actions"]], (item["step"] + 1) * batch
+        except (KeyError, TypeError) as error:
+            raise InputError(f"intervention: {item!r} is not a step and its actions") from error
+        inserted.setdefault(end, []).extend(STANCES.index(annotate(text, event.language)["stance"]) for text in texts)
+    try:
+        stances = [STANCES.index(action.labels["stance"]) for action in event.actions[:warmup]]
+    except KeyError as error:
+        raise InputError(f"event {event.id}: its actions carry no generating stance") from error
     opinion, pending = listen(here, here.first_opinion, stances, inserted)
     noise = generator(here.id, "rollout", seed).random((ACTIONS, NOISE))[warmup:]
     actions = proceed(here, warmup, opinion, pending, noise, len(event.actions), inserted)

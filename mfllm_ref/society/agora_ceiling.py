@@ -1,4 +1,4 @@
-"""What can be known in agora: the ceiling table that calibrates it, printed by `python -m mfllm_ref.society.agora_ceiling`.
+"""What can be known in agora: the ceiling table that calibrates it (`python -m mfllm_ref.society.agora_ceiling`).
 
 Mean KL of DESIGN section 6 (annotated labels, all dimensions, windows of 100 rollout actions) between each event's own
 rollout and four others:
@@ -75,7 +75,7 @@ def counts(actions: Sequence[Action]) -> list[np.ndarray]:
 
 
 def kl(real: Sequence[np.ndarray], simulated: Sequence[np.ndarray]) -> np.ndarray:
-    """KL(real || simulated) in nats per dimension [8], 0.5 added to each count, mean over windows (DESIGN section 6)."""
+    """KL(real || simulated) in nats per dimension [8], 0.5 added to each count, mean over windows (DESIGN 6)."""
     values = []
     for p, q in zip(real, simulated):
         p, q = ((x + 0.5) / (x + 0.5).sum(axis=1, keepdims=True) for x in (p, q))

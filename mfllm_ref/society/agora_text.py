@@ -16,14 +16,10 @@ from typing import Any
 STANCES = ("support", "oppose", "neutral")
 
 
-def grammar_bytes() -> bytes:
-    """The grammar as stored; a test holds its sha256."""
-    return files("mfllm_ref.society").joinpath("agora_grammar.json").read_bytes()
-
-
 @cache
 def grammar() -> dict[str, Any]:
-    return json.loads(grammar_bytes())
+    """The phrases by what they say; a test holds their sha256."""
+    return json.loads(files("mfllm_ref.society").joinpath("agora_grammar.json").read_text(encoding="utf-8"))
 
 
 def pick(options: Sequence[str], u: float) -> str:
@@ -32,7 +28,7 @@ def pick(options: Sequence[str], u: float) -> str:
 
 
 def topic(domain: str, contagion: int, lean: str, strong: bool, name: str, place: str, u: Iterator[float]) -> str:
-    """The topic text: a kind of event says how contagious it is (0 to 2), a second sentence which way the field leans."""
+    """The topic text: its kind says how contagious it is (0 to 2), a second sentence which way the field leans."""
     kind = pick(grammar()["domains"][domain]["kinds"][contagion], next(u))
     return kind.format(name=name, place=place) + " " + pick(grammar()["lean"][lean][strong], next(u))
 
@@ -62,7 +58,7 @@ def comment(labels: Mapping[str, str], slots: Mapping[str, str], domain: str, u:
     pieces = []
     if not (objective and labels["intent"] == "question" and stance == "neutral" and next(u) < 0.6):
         pieces.append(pick(words["fact"][stance] if objective else words["stance"][view], next(u)))
-    if not objective and (next(u) < 0.3 if denial or stance == "support" and not doubt else doubt):
+    if not objective and (next(u) < 0.2 if denial or stance == "support" and not doubt else doubt):
         pieces.append(pick(words["belief"][labels["belief_degree"]], next(u)))
     if feeling != "calm":
         pieces.append(pick(words["state"][feeling], next(u)))
@@ -73,7 +69,7 @@ def comment(labels: Mapping[str, str], slots: Mapping[str, str], domain: str, u:
     text = pieces[0] if pieces else ""
     for piece in pieces[1:]:
         text += (pick((", ", ". ", " and "), next(u)) if len(pieces) == 2 else ". ") + piece
-    if text and not objective and next(u) < 0.25:
+    if text and not objective and len(pieces) < 3 and next(u) < 0.25:
         text = pick(words["openers"], next(u)) + " " + text
     if text:
         text += "." if objective else pick((".", ".", "!"), next(u))

@@ -127,7 +127,7 @@ class _Rules:
 
     def labels(self, text: str) -> tuple[str, ...]:
         own = self.own_words(text).lower().translate(self.table)
-        share = bool(self.no_own_word.fullmatch(own) or SHARED.match(own))
+        share = bool(self.no_own_word.fullmatch(own.strip("! ") or own) or SHARED.match(own))  # "!!!" alone is a reaction
         score = [0.0] * len(AXES)
         negation = -1  # where the last negation ended
         for match in self.pattern.finditer(own):
@@ -198,8 +198,8 @@ LABELS_ZH = dict(zip((label for labels in DIMENSIONS.values() for label in label
     "传播 反驳 愤怒 平静 高兴 悲伤 恐惧 惊讶 积极 消极 中立 评论 转发 支持 反对 中立 相信 怀疑 主观 客观 提问 宣传 观点").split()))
 QUESTIONS = {
     "en": dict(zip(DIMENSIONS, (
-        "Does the author spread the claim or counter it?", "What does the author feel?", "What is the tone of the post?",
-        "Is this a comment in the author's own words or only a share?", "What is the author's stance?",
+        "Does the author spread the claim or counter it?", "What does the author feel?",
+        "What is the tone of the post?", "Is this a comment in the author's own words or only a share?", "What is the author's stance?",
         "Does the author believe the claim or doubt it?", "Is the post subjective or objective?",
         "Does the author ask a question, promote something or give an opinion?"))),
     "zh": dict(zip(DIMENSIONS, (
@@ -207,8 +207,8 @@ QUESTIONS = {
         "作者的立场是什么？", "作者相信这个说法，还是怀疑它？", "这条微博是主观的还是客观的？", "作者是在提问、宣传，还是表达观点？"))),
 }
 PROMPTS = {
-    "en": ("Classify a social media post.\nQuestion: {question} Answer with one of: {options}.\nPost: \"{post}\"\nAnswer:",
-           ", ", " "),
+    "en": ("Classify a social media post.\nQuestion: {question} Answer with one of: {options}.\n"
+           'Post: "{post}"\nAnswer:', ", ", " "),
     "zh": ("请给一条微博分类。\n问题：{question}只回答其中一个词：{options}。\n微博：“{post}”\n回答：", "、", ""),
 }
 CONTENT_FREE = "N/A"
@@ -291,8 +291,8 @@ def agreement(events: Iterable[Event], annotator: Annotator) -> dict[str, dict[s
             pairs.setdefault("question", []).append((asks[0], asks[1]))
     table = {}
     for dimension in (*DIMENSIONS, "question"):
-        if dimension in pairs:
-            true, guessed = zip(*pairs[dimension])
+        true, guessed = zip(*pairs.get(dimension, [("", "")]))
+        if len(set(true)) > 1:  # where all actions carry the same label, there is nothing to tell apart
             majority = [max(sorted(set(true)), key=true.count)] * len(true)
             row = {"count": len(true)}
             for name, labels in (("", guessed), ("majority_", majority)):
@@ -311,7 +311,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         table = agreement(_events(options.data, options.split), RuleAnnotator())
         if not table:
-            raise InputError(f"{options.data}: no action carries a label")
+            raise InputError(f"{options.data}: its actions carry no labels to compare with")
     except InputError as error:
         print(error, file=sys.stderr)
         return 2

@@ -205,7 +205,7 @@ def _ced(path: Path) -> Iterator[Event]:
         found = [file for folder in ("rumor-repost", "non-rumor-repost")
                  if (file := path / folder / original.name).is_file()]
         if len(found) != 1:
-            raise InputError(f"{original}: needs its reposts in rumor-repost/ or in non-rumor-repost/, found {len(found)}")
+            raise InputError(f"{original}: needs its reposts in rumor-repost/ or non-rumor-repost/, found {len(found)}")
         topic = objects([parse_json(read_text(original), str(original))], str(original), "microblog")[0]
         where = f"{found[0]}: event {show(original.stem)}"
         posts = objects(parse_json(read_text(found[0]), str(found[0])), where, "repost")[::-1]

@@ -32,7 +32,7 @@ def said(population: Shares, dimension: str, label: str, level: float) -> Shares
 
 
 def response_curve(
-    lm: LanguageModel, pasts: Sequence[Past], annotate: Annotator, dimension: str, step: int = 5, agents: int = 20,
+    lm: LanguageModel, pasts: Sequence[Past], annotate: Annotator, dimension: str, step: int = 5, agents: int = 10,
     adapter: str | None = None, action_tokens: int = 48,
 ) -> list[float]:  # fmt: skip
     """Share of simulated actions that carry WATCHED[dimension] when the signal states each of LEVELS.
