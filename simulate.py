@@ -34,11 +34,11 @@ def parser() -> doors.Parser:
     what.add_argument("--events", type=doors.positive, metavar="N", help="only the first N events (default: 7 of the "
                       "built-in world, all of --data)")  # fmt: skip
     what.add_argument("--method", metavar="A,B,C", help="methods to compare (default: all whose adapters exist)")
-    what.add_argument("--agents", type=doors.positive, metavar="N", help="first N actions of an event, warm-up included "
-                      "(default: all)")  # fmt: skip
+    what.add_argument("--agents", type=doors.positive, metavar="N", help="first N actions of an event, warm-up "
+                      "included (default: all)")  # fmt: skip
     what.add_argument("--batch", type=doors.positive, default=10, metavar="B", help="agents a step (default: 10)")
-    what.add_argument("--warmup", type=doors.natural, default=50, metavar="W", help="first W actions are the real ones, "
-                      "the rest is simulated (default: 50)")  # fmt: skip
+    what.add_argument("--warmup", type=doors.natural, default=50, metavar="W", help="first W actions are the real "
+                      "ones, the rest is simulated (default: 50)")  # fmt: skip
     what.add_argument("--seeds", type=doors.positive, default=1, metavar="R", help="roll each event out R times "
                       "(default: 1)")  # fmt: skip
     what.add_argument("--intervene", type=Path, metavar="FILE", help='insert actions: a JSON list of {"step": t, '
@@ -48,7 +48,7 @@ def parser() -> doors.Parser:
     model.add_argument("--backbone", type=Path, metavar="DIR", help="qwen2, qwen3, llama or mistral checkpoint "
                        "(default: checkpoints/tiny)")  # fmt: skip
     model.add_argument("--adapters", type=Path, metavar="DIR", help="folder of LoRA adapters: policy/, mean-field/, "
-                       "sft/, recent-sft/, ... (default: those of checkpoints/tiny, if it is the backbone)")  # fmt: skip
+                       "sft/, recent-sft/, ... (default: those made for checkpoints/tiny, with it)")  # fmt: skip
     model.add_argument("--policy-adapter", type=Path, metavar="DIR", help="use this as the policy's adapter")
     model.add_argument("--mean-field-adapter", type=Path, metavar="DIR", help="use this as the mean field's adapter")
     model.add_argument("--chat", action="store_true", help="put prompts into the checkpoint's chat template")
@@ -56,8 +56,8 @@ def parser() -> doors.Parser:
                        "population (default: 120)")  # fmt: skip
     model.add_argument("--action-tokens", type=doors.positive, default=48, metavar="N", help="longest action (default: "
                        "48)")  # fmt: skip
-    model.add_argument("--annotator", choices=("rules", "lm"), default="rules", help="what labels texts: word lists, or "
-                       "the backbone (worth it for a large one; default: rules)")  # fmt: skip
+    model.add_argument("--annotator", choices=("rules", "lm"), default="rules", help="what labels texts: word "
+                       "lists, or the backbone (worth it for a large one; default: rules)")  # fmt: skip
     doors.add_common(out)
     return out
 
@@ -86,7 +86,8 @@ def main() -> None:
     methods = simulation.choose_methods(args.method, adapters, args.warmup)
     adapters = {name: path for name, path in adapters.items() if any(name in (m.policy, m.mean_field) for m in methods)}
     events = simulation.choose_events(args.data, args.split, args.event, args.events)
-    settings = Settings(args.agents, args.batch, args.warmup, args.seed, args.action_tokens, args.summary_tokens, args.chat)
+    tokens = (args.action_tokens, args.summary_tokens)
+    settings = Settings(args.agents, args.batch, args.warmup, args.seed, *tokens, args.chat)
     for event in events:
         horizon(event, settings)  # refuses a warm-up that leaves nothing to simulate
     intervention = simulation.read_intervention(args.intervene, events, settings) if args.intervene else None
@@ -101,6 +102,9 @@ def main() -> None:
     worlds = [World(event, method, seed) for event in events for method in methods for seed in seeds]
     inputs = {**simulation.weights_of(backbone), **{f"adapters/{name}": path for name, path in adapters.items()}}
     inputs |= {name: path for name, path in (("data", args.data), ("intervention", args.intervene)) if path}
+    origin = runs.provenance(inputs)
+    if args.data is None:
+        origin["sha256"]["data"] = simulation.digest(events)
     record = {
         "settings": {
             "command": "simulate.py", "events": [event.id for event in events], "methods": [m.name for m in methods],
@@ -110,13 +114,15 @@ def main() -> None:
             "dtype": str(dtype).removeprefix("torch."), "threads": threads,
         },
         "paths": {"backbone": str(backbone), "data": str(args.data or "built-in"), "adapters": str(folder or "none")},
-        "seeds": seeds, "threads": threads, **runs.provenance(inputs),
+        "seeds": seeds, "threads": threads, **origin,
     }  # fmt: skip
     with runs.open_run(out, record, args.resume) as run:
         if run.finished:
             print(f"{out} is finished: see {out / 'report.png'}")
             return
         show = sys.stderr.isatty()
+        if show:
+            print(f"writing to {out}", file=sys.stderr)
         common = (lm, worlds, settings, annotate)
         written, seconds = simulation.roll_out(run, "", *common, intervention, show)
         if intervention:

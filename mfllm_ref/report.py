@@ -80,12 +80,13 @@ def table(metrics: Mapping) -> str:
 
 
 def effect_table(intervention: Mapping, dimension: str = "stance") -> str:
-    """What an intervention changed in one dimension's shares, in percentage points, by method and in the true process."""
+    """What an intervention changed in one dimension's shares, by method and in the true process, as plain text."""
     rows = [[f"change of {dimension}", *LABELS[dimension]]]
     effects = dict(intervention["effect"])
     if intervention["true_effect"] is not None:
         effects["true process"] = intervention["true_effect"]
-    rows += [[name, *(f"{100 * value:+.1f}" for value in effect[dimension].values())] for name, effect in effects.items()]
+    for name, effect in effects.items():
+        rows.append([name, *(f"{100 * value:+.1f}" for value in effect[dimension].values())])
     return "\n".join(["", *_aligned(rows), f"percentage points, from step {intervention['from_step']} on"])
 
 

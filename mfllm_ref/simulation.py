@@ -1,9 +1,10 @@
-"""A simulation from events to metrics.json: which events and methods, the rollout on disk, floors, likelihoods, effects.
+"""A simulation's parts: which events and methods, the rollout on disk, likelihoods, floors, effects of interventions.
 
 What `simulate.py` does, as functions that a notebook or `train.py` can call. Notable: a rollout is written a step at a
 time and goes on from its last complete step; memory holds the worlds' short histories, the files hold their texts.
 """
 
+import hashlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -30,7 +31,7 @@ CONTINUATIONS = 4  # true continuations that agora's floor and true effect are m
 def choose_events(data: Path | None, split: str | None, ids: Sequence[str], limit: int | None) -> list[Event]:
     """Events of `data` (None: the built-in world), those of `ids` or the first `limit`.
 
-    split: of the built-in world (default test), or a folder of that name within `data`. InputError for what is not there.
+    split: of the built-in world (default test), or a folder of that name in `data`. InputError for what is not there.
     """
     if data is None:
         split = split or "test"
@@ -118,7 +119,7 @@ def roll_out(
     intervention: Intervention | None,
     progress: bool,
 ) -> tuple[int, float]:
-    """Roll the worlds out into trajectory<suffix>.jsonl and mean_field<suffix>.jsonl of the run's folder, or go on there.
+    """Roll the worlds out into the run's trajectory<suffix>.jsonl and mean_field<suffix>.jsonl, or go on there.
 
     Returns how many actions the language model wrote now, and the seconds that took.
     """
@@ -128,8 +129,8 @@ def roll_out(
     mean_field.keep(fields)
     done = (list(trajectory.rows()), list(mean_field.rows()))
     written, started = 0, time.perf_counter()
-    bar = tqdm(total=spoken(worlds, settings), initial=_spoken(done[0]), unit="action", disable=not progress, smoothing=0)
-    with bar:
+    total, before = spoken(worlds, settings), _spoken(done[0])
+    with tqdm(total=total, initial=before, unit="action", disable=not progress, smoothing=0) as bar:
         for new_rows, new_fields in rollout(lm, worlds, settings, annotate, intervention, done):
             mean_field.append(new_fields)
             trajectory.append(new_rows)
@@ -197,6 +198,11 @@ def effect(
 
     true = metrics.intervention_effect(rows(items), rows(None), from_step=start)
     return {**out, "true_effect": true["truth"]}
+
+
+def digest(events: Sequence[Event]) -> str:
+    """SHA-256 of what the events say, where no file holds them: it changes if the built-in world does."""
+    return hashlib.sha256("\n".join(map(repr, events)).encode()).hexdigest()
 
 
 def weights_of(backbone: Path) -> dict[str, Path]:
