@@ -1,0 +1,167 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from mfllm_ref.errors import InputError
+from mfllm_ref.society import agora, prompts
+from mfllm_ref.society.annotate import RuleAnnotator
+from mfllm_ref.society.events import Event, PublicPost
+from mfllm_ref.society.rollout import METHODS, Settings, World, complete_steps, hashed, rollout, teacher_forced
+
+ANNOTATE = RuleAnnotator()
+SETTINGS = Settings(agents=34, batch=8, warmup=12, action_tokens=6, summary_tokens=8)
+UNTUNED = [METHODS[name] for name in ("state", "recent", "popular", "persistence", "empirical", "mf-llm-no-ib")]
+
+
+def worlds(*events: Event, methods=UNTUNED, seeds=(0,)) -> list[World]:
+    return [World(event, method, seed) for event in events for method in methods for seed in seeds]
+
+
+def run(lm, worlds_, settings=SETTINGS, **options):
+    rows, fields = [], []
+    for new_rows, new_fields in rollout(lm, worlds_, settings, ANNOTATE, **options):
+        rows += new_rows
+        fields += new_fields
+    return rows, fields
+
+
+def of(rows, **keys):
+    return [row for row in rows if all(row[key] == value for key, value in keys.items())]
+
+
+@pytest.fixture(scope="module")
+def event() -> Event:
+    return agora.event("train", 3)
+
+
+@pytest.fixture(scope="module")
+def result(random_lm, event):
+    return run(random_lm, worlds(event, agora.event("train", 4)))
+
+
+def test_every_action_of_every_world_has_one_row(result, event):
+    rows, fields = result
+    for method in UNTUNED:
+        mine = of(rows, event=event.id, method=method.name)
+        assert [row["index"] for row in mine] == list(range(34))
+        assert [row["step"] for row in mine] == [i // 8 for i in range(34)]
+        assert [row["agent"] for row in mine] == [a.agent.id for a in event.actions[:34]]
+        assert [row["real_text"] for row in mine] == [a.text for a in event.actions[:34]]
+        assert all(row["real_labels"] == ANNOTATE([row["real_text"]], "en")[0] for row in mine)
+        assert all(row["labels"] == ANNOTATE([row["text"]], "en")[0] for row in mine)
+    assert [row["step"] for row in of(fields, event=event.id)] == [1, 2, 3, 4], "m_t guides step t; m_0 is empty"
+
+
+def test_the_warm_up_is_real_byte_for_byte(result):
+    warm = of(result[0], phase="warmup")
+    assert {row["index"] for row in warm} == set(range(12))
+    assert all(row["text"] == row["real_text"] and row["labels"] == row["real_labels"] for row in warm)
+
+
+def test_persistence_draws_from_the_warm_up(result, event):
+    pool = {action.text for action in event.actions[:12]}
+    drawn = [row["text"] for row in of(result[0], event=event.id, method="persistence", phase="rollout")]
+    assert set(drawn) <= pool and len(set(drawn)) > 1
+
+
+def test_no_real_action_after_the_warm_up_is_read(random_lm, event, result):
+    """Changing text and popularity of the rollout phase's real actions changes no simulated action and no mean field."""
+    lie = tuple(a if i < 12 else replace(a, text=f"lie {i}", popularity=1e9, parent=0) for i, a in enumerate(event.actions))
+    rows, fields = run(random_lm, worlds(replace(event, actions=lie)))
+    assert [r["text"] for r in rows] == [r["text"] for r in of(result[0], event=event.id)]
+    assert fields == of(result[1], event=event.id)
+
+
+def test_a_warm_up_action_changes_nothing_before_the_next_step(random_lm, event, result):
+    actions = list(event.actions)
+    actions[9] = replace(actions[9], text="This is a lie, I am furious!")
+    rows, fields = run(random_lm, worlds(replace(event, actions=tuple(actions))))
+    before = of(result[0], event=event.id)
+    same = [(a["text"] == b["text"], a) for a, b in zip(rows, before, strict=True)]
+    # Action 9 is in step 1, of which only action 12 on is simulated: those read the signal of step 0 alone.
+    assert all(equal for equal, row in same if row["step"] <= 1 and row["index"] != 9)
+    assert not all(equal for equal, row in same if row["step"] >= 2)
+    assert of(fields, step=1) == of(result[1], event=event.id, step=1)
+
+
+def test_worlds_do_not_depend_on_each_other(random_lm, event, result):
+    """Given m_t, an action does not depend on which other worlds share the batch, nor on their order."""
+    alone = run(random_lm, worlds(event, methods=[METHODS["recent"]]))[0]
+    assert alone == of(result[0], event=event.id, method="recent")
+    backwards = run(random_lm, worlds(agora.event("train", 4), event, methods=UNTUNED[::-1]))[0]
+    for method in UNTUNED:
+        assert of(backwards, event=event.id, method=method.name) == of(result[0], event=event.id, method=method.name)
+
+
+def test_methods_that_tell_an_agent_the_same_get_the_same_action(random_lm, event):
+    """Common random numbers: before anything has happened all methods show the same prompt, so all act the same."""
+    cold = replace(SETTINGS, warmup=0, agents=8)
+    assert hashed(0, event.id, 0, "x") != hashed(1, event.id, 0, "x")
+    texts = {}
+    methods = [m for m in UNTUNED if not m.resamples]
+    for row in run(random_lm, worlds(event, methods=methods), cold)[0]:
+        texts.setdefault(row["method"], []).append(row["text"])
+    assert len(texts) == len(methods) and len({tuple(t) for t in texts.values()}) == 1
+
+
+def test_seeds_give_other_futures(random_lm, event):
+    rows = run(random_lm, worlds(event, methods=[METHODS["state"]], seeds=(0, 1)))[0]
+    one, two = ([r["text"] for r in of(rows, seed=s)] for s in (0, 1))
+    assert one[:12] == two[:12] and one[12:] != two[12:]
+
+
+@pytest.mark.parametrize("kept", [(0, 0), (1, 0), (100, 3), (10**6, 10**6)])
+def test_an_interrupted_rollout_goes_on_to_the_same_rows(random_lm, event, result, kept):
+    everything = worlds(event, agora.event("train", 4))
+    rows, fields = result
+    steps, n_rows, n_fields = complete_steps(everything, SETTINGS, min(kept[0], len(rows)), min(kept[1], len(fields)))
+    done = (rows[:n_rows], fields[:n_fields])
+    more_rows, more_fields = run(random_lm, everything, done=done)
+    assert (list(done[0]) + more_rows, list(done[1]) + more_fields) == (rows, fields)
+    assert steps == {(0, 0): 0, (1, 0): 0, (100, 3): 1, (10**6, 10**6): 5}[kept]
+
+
+def test_an_intervention_that_inserts_nothing_changes_nothing(random_lm, event, result):
+    assert run(random_lm, worlds(event), intervention={1: []})[0] == of(result[0], event=event.id)
+
+
+def test_an_intervention_is_seen_from_the_next_step_on(random_lm, event, result):
+    rows, fields = run(random_lm, worlds(event), intervention={2: [("Ada, nurse", "The proof is clear, it is a lie!")]})
+    before = of(result[0], event=event.id)
+    assert len(rows) == len(before), "inserted actions are in no trajectory"
+    changed = {a["step"] for a, b in zip(rows, before, strict=True) if a["text"] != b["text"]}
+    assert changed and min(changed) == 3
+    mean_fields = of(result[1], event=event.id)
+    assert fields[:2] == mean_fields[:2] and fields[2] != mean_fields[2]
+
+
+def test_public_posts_are_shown_from_their_time_on(random_lm, event):
+    methods = [METHODS["state"]]
+    plain = replace(event, posts=())
+    posted = replace(event, posts=(PublicPost(16, "The ministry denies it."),))
+    one, two = (run(random_lm, worlds(e, methods=methods))[0] for e in (plain, posted))
+    changed = {a["step"] for a, b in zip(one, two, strict=True) if a["text"] != b["text"]}
+    assert changed and min(changed) == 2
+
+
+def test_teacher_forcing_scores_the_real_actions_given_the_real_past(random_lm, event):
+    methods = [METHODS["state"], METHODS["recent"], METHODS["mf-llm-no-ib"], METHODS["persistence"]]
+    got = {}
+    for world, nats, tokens in teacher_forced(random_lm, worlds(event, methods=methods), SETTINGS, ANNOTATE):
+        got.setdefault(world, []).append((nats, tokens))
+    assert set(got) == {0, 1, 2}, "no model, no likelihood"
+    shared = prompts.policy_shared("en", event.topic, [])
+    texts = [shared + prompts.policy_private("en", a.agent.profile) for a in event.actions[12:34]]
+    spoken = [prompts.continuation(a.text) for a in event.actions[12:34]]
+    expected = -random_lm.log_prob(texts, spoken, worlds=[*range(22)], end_of_text=True)
+    np.testing.assert_allclose(np.concatenate([n for n, _ in got[0]]), expected.numpy(), rtol=1e-9)
+    counts = np.concatenate([t for _, t in got[0]])
+    assert counts.tolist() == [len(random_lm.tokenizer.encode(text)) + 1 for text in spoken]
+
+
+def test_a_warm_up_that_leaves_nothing_is_refused(random_lm, event):
+    with pytest.raises(InputError, match=f"{event.id}.*--warmup 34 leaves none of its 34 actions"):
+        run(random_lm, worlds(event), replace(SETTINGS, warmup=34))
+    with pytest.raises(InputError, match="--warmup 0.*persistence"):
+        run(random_lm, worlds(event), replace(SETTINGS, warmup=0))
