@@ -112,17 +112,18 @@ def _shards(folder: Path) -> list[Path]:
         # Anything but a bare name could reach outside the folder. (A symbolic link is the user's own: it is followed.)
         if not isinstance(entry, str) or entry in ("", ".", "..") or any(mark in entry for mark in "/\\\0"):
             raise InputError(f"{index}: the entry {entry!r:.80} of tensor {name!r} is not a bare file name")
-    files = [folder / entry for entry in sorted(set(weight_map.values()))]
-    for file in files:
-        with open_tensors(file) as handle:
-            names = set(handle.keys())
+    held: dict[Path, set[str]] = {}
+    for entry in sorted(set(weight_map.values())):
+        with open_tensors(folder / entry) as handle:
+            held[folder / entry] = set(handle.keys())
+    for file, names in held.items():
         mapped = {name for name, entry in weight_map.items() if entry == file.name}
         for name in sorted(mapped - names):
             raise InputError(f"{file}: missing tensor {name!r}, which the index says is here")
         for name in sorted(names - mapped):
             if name in weight_map:
                 raise InputError(f"{file}: duplicate tensor {name!r}, which the index says is in {weight_map[name]}")
-    return files
+    return list(held)
 
 
 @contextmanager

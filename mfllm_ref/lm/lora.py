@@ -75,9 +75,10 @@ class Adapters:
         global generator), B zero, scale alpha / rank. `targets`: layer names or path endings, a regular expression for
         whole paths, or "all-linear"; `options`: more PEFT options (use_rslora, rank_pattern, ...). Raises InputError.
         """
-        targets = targets if isinstance(targets, str) else list(targets)
-        options = {"r": rank, "lora_alpha": alpha, "target_modules": targets, "peft_type": "LORA"} | options
-        where = f"adapter {name!r}"
+        where, targets = f"adapter {name!r}", targets if isinstance(targets, str) else list(targets)
+        for key in options.keys() - HONOURED.keys():
+            raise InputError(f"{where}: {key} is not supported")
+        options |= {"r": rank, "lora_alpha": alpha, "target_modules": targets, "peft_type": "LORA"}
         generator = None if seed is None else torch.Generator().manual_seed(seed)
         layers = {}
         for path, (rank, scale) in self._new(name, options, where).items():
