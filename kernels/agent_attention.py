@@ -6,13 +6,13 @@ All agents of a world read the same prefix, so its keys and values are stored, a
 
 Cost, per layer, with h query and g key heads of size d, n agents a world, t query rows an agent, P and S keys in prefix
 and suffix, e bytes a number: 4 h d t (P + S) FLOPs an agent, either way. Bytes read: 2 g d e (P + S) an agent if every
-agent reads its own copy of the prefix, 2 g d e (P / n + S) if the prefix is read once a world. Decoding (t = 1) is bound
-by these bytes, so n agents gain up to n times.
+agent reads its own copy of the prefix, 2 g d e (P / n + S) if the prefix is read once a world. Decoding (t = 1) is
+bound by these bytes, so n agents gain up to n times.
 
 Notable in the fast path:
 - Agents are laid out as [worlds, agents a world], so the scores on all prefixes are one batched matrix product.
-- The two halves are joined without rescaling anything: a suffix enters the prefix's softmax as one more key, whose score
-  is the suffix's log-sum-exp and whose value is the suffix's attention output. That is exact.
+- The two halves are joined without rescaling anything: a suffix enters the prefix's softmax as one more key, whose
+  score is the suffix's log-sum-exp and whose value is the suffix's attention output. That is exact.
 - Unused slots may hold anything. Masked scores have probability exactly 0, so an unused value does harm only if it is
   not finite (0 * NaN): then, and only then, the result is computed again from cleaned copies.
 - What depends on lengths alone is a `Plan`; a model with many layers makes it once and passes it to each of them.
@@ -38,7 +38,8 @@ def agent_attention_reference(
     row = own - q_len + torch.arange(q_len, device=q.device)  # [agents, q_len], suffix position of each query row
     padding = row < 0
     before = lengths[world][:, None] if agents else own
-    # Every slot's position in prefix and suffix together, [agents, prefix_max + suffix_max]; unused slots stand nowhere.
+    # Every slot's position in prefix and suffix together, [agents, prefix_max + suffix_max]; unused slots stand
+    # nowhere.
     slot = torch.arange(prefix_max + suffix_max, device=q.device).expand(agents, -1)
     in_prefix = slot < prefix_max
     used = torch.where(in_prefix, slot < before, slot - prefix_max < own)
@@ -77,8 +78,8 @@ class Piece:
 class Plan:
     """What `agent_attention` derives from lengths alone. Valid for every layer with the same window.
 
-    heads, q_len and suffix_max are q's and suffix_k's sizes; the rest are agent_attention's own arguments. The tensors may
-    live on any device; the masks are made on `device`. Raises ValueError for lengths that cannot be.
+    heads, q_len and suffix_max are q's and suffix_k's sizes; the rest are agent_attention's own arguments. The tensors
+    may live on any device; the masks are made on `device`. Raises ValueError for lengths that cannot be.
     """
 
     def __init__(
@@ -139,8 +140,8 @@ class Plan:
 
 
 def _runs(counts: np.ndarray, prefix: np.ndarray, rows: int, suffix: int) -> list[tuple[int, int, int, int]]:
-    """Neighbouring worlds to compute together: (first world, last + 1, agents of it to skip, agents to take or 0 for all).
-    A run is cut where its scores would pass CELLS or where over half of its slots would stay empty."""
+    """Neighbouring worlds to compute together: (first world, last + 1, agents of it to skip, agents to take or 0 for
+    all). A run is cut where its scores would pass CELLS or where over half of its slots would stay empty."""
     runs: list[tuple[int, int, int, int]] = []
     start, worlds = 0, len(counts)
     while start < worlds:
@@ -167,16 +168,17 @@ def agent_attention(
     """Grouped-query attention of agents over their world's prefix and their own suffix, scale head_dim**-0.5.
 
     q [agents, heads, q_len, head_dim]; prefix_k/v [worlds, kv_heads, prefix_max, head_dim]; prefix_len int32 [worlds];
-    suffix_k/v [agents, kv_heads, suffix_max, head_dim]; suffix_len int32 [agents]; world int32 [agents], non-decreasing.
-    Returns the shape and dtype of q.
+    suffix_k/v [agents, kv_heads, suffix_max, head_dim]; suffix_len int32 [agents]; world int32 [agents],
+    non-decreasing. Returns the shape and dtype of q.
 
     An agent's keys are its world's first prefix_len keys, then its own first suffix_len. Query row i stands at suffix
-    position suffix_len - q_len + i and sees all keys up to and including its own; rows at negative positions are padding
-    and return 0. With window w, key j is visible to position i iff i - w < j <= i, over prefix and suffix together.
-    Unused slots may hold NaN. Differentiable where an input requires grad. float16 and bfloat16 are computed in float32.
+    position suffix_len - q_len + i and sees all keys up to and including its own; rows at negative positions are
+    padding and return 0. With window w, key j is visible to position i iff i - w < j <= i, over prefix and suffix
+    together. Unused slots may hold NaN. Differentiable where an input requires grad. float16 and bfloat16 are computed
+    in float32.
 
-    plan: what `Plan` makes of the same lengths and window, where many calls share them. Raises ValueError for lengths and
-    shapes that do not fit together.
+    plan: what `Plan` makes of the same lengths and window, where many calls share them. Raises ValueError for lengths
+    and shapes that do not fit together.
     """
     agents, heads, q_len, head_dim = q.shape
     if heads % suffix_k.shape[1] or prefix_k.shape[1] != suffix_k.shape[1]:
@@ -184,7 +186,7 @@ def agent_attention(
     if plan is None:
         plan = Plan(heads, q_len, prefix_len, prefix_k.shape[2], suffix_len, suffix_k.shape[2], world, window, q.device)
     if plan.shape != (agents, heads, q_len):
-        raise ValueError(f"the plan was made for {plan.shape} agents, heads and query rows, not {(agents, heads, q_len)}")
+        raise ValueError(f"the plan is for {plan.shape} agents, heads and query rows, not {(agents, heads, q_len)}")
     if agents == 0 or q_len == 0 or suffix_k.shape[2] == 0:
         return q.masked_fill(torch.ones((), dtype=torch.bool, device=q.device), 0)
     tensors = [x.to(torch.promote_types(q.dtype, torch.float32)) for x in (q, prefix_k, prefix_v, suffix_k, suffix_v)]

@@ -2,17 +2,15 @@
 
 Notable:
 - Prompts of one world begin alike (topic, posts, signal). Their longest common token prefix is run through the backbone
-  once, and every agent of the world attends to it (kernels.agent_attention). Each prompt keeps its last token outside, as
-  its next-token logits must come from somewhere.
-- Rows of different lengths are packed end to end for the linear layers and padded for attention alone.
-- Decoding runs all agents of all worlds in one batch, one token a step. Rows of finished agents are dropped as soon as they
-  are over an eighth of the batch.
+  once, and every agent of the world attends to it (kernels.agent_attention). Each prompt keeps its last token outside,
+  as its next-token logits must come from somewhere.
+- Decoding runs all agents of all worlds in one batch, one token a step. Rows of finished agents are dropped as soon as
+  they are over an eighth of the batch.
 - Work is cut into chunks that bound memory. The cut depends on lengths and options only, never on the machine.
 """
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,36 +20,27 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from kernels.agent_attention import Plan, agent_attention
 from mfllm_ref.errors import InputError
-from mfllm_ref.lm.backbone import Backbone, causal_attention
+from mfllm_ref.lm.backbone import Backbone
 from mfllm_ref.lm.checkpoint import load_backbone
 from mfllm_ref.lm.lora import Adapters
 from mfllm_ref.lm.sampling import hash_seeds, penalise, sample, uniforms
 from mfllm_ref.lm.tokenizer import Tokenizer
+from mfllm_ref.lm.worlds import World, common_prefix, run_prefixes, run_step, run_suffixes
 
 CACHE_BYTES = 2**30  # keys and values held by one chunk
 LOGITS = 2**24  # logits held at once
-PACKED = 4096  # tokens in one forward pass over packed rows
 DEAD = 1 / 8  # share of finished rows above which a batch is compacted
 
 Prompt = str | Sequence[int]
-
-
-@dataclass(frozen=True)
-class _World:
-    """Agents (indices into the caller's list) and the tokens their prompts begin with."""
-
-    prefix: list[int]
-    agents: list[int]
 
 
 class LanguageModel:
     """A backbone, its tokenizer and its adapters. Two verbs, `generate` and `log_prob`; `backbone(ids)` gives logits.
 
     Prompts are text, encoded with BOS in front where the checkpoint's tokenizer puts one, or token ids (from
-    `tokenizer.chat`), taken as they are. `worlds` holds one hashable key (an int) per prompt: prompts of one world share
-    their common prefix; it never changes a result beyond rounding. In float64 no token depends on the batch.
+    `tokenizer.chat`), taken as they are. `worlds` holds one hashable key (an int) per prompt: prompts of one world
+    share their common prefix; it never changes a result beyond rounding. In float64 no token depends on the batch.
     """
 
     def __init__(self, backbone: Backbone, tokenizer: Tokenizer) -> None:
@@ -111,7 +100,8 @@ class LanguageModel:
         greedy, top_k 0 and top_p 1 are off. A text ends before the end of text, before the first stop string, after
         max_new_tokens, or where the backbone's positions end. Special ids are left out of it.
         seeds: one whole number a prompt (default: its index); the noise of its n-th token depends on (seed, n) alone.
-        Raises InputError for options out of range, prompts that are empty or too long, and ids the backbone does not have.
+        Raises InputError for options out of range, prompts that are empty or too long, and ids the backbone does not
+        have.
         """
         stop = (stop,) if isinstance(stop, str) else tuple(stop)
         for name, value, fine in (
@@ -132,7 +122,7 @@ class LanguageModel:
         options = (max_new_tokens, float(temperature), int(top_k), float(top_p), float(repetition_penalty), stop)
         active = self.adapters.active
         try:
-            if active is not None and self.dtype in (torch.float32, torch.float64):  # coarser weights would lose the update
+            if active is not None and self.dtype.itemsize >= 4:  # coarser weights would lose the update
                 self.adapters.merge(active)
             for chunk in chunks:
                 agents = [agent for world in chunk for agent in world.agents]
@@ -195,9 +185,9 @@ class LanguageModel:
 
     def _chunks(
         self, ids: list[list[int]], extra: Sequence[int], worlds: Sequence[Hashable] | None
-    ) -> list[list[_World]]:  # fmt: skip
-        """Worlds, by falling prefix length, in chunks that keep the cache and the logits within bounds. A world too large
-        for one chunk is split; `extra` is how many tokens each prompt may grow by."""
+    ) -> list[list[World]]:  # fmt: skip
+        """Worlds, by falling prefix length, in chunks that keep the cache and the logits within bounds. A world too
+        large for one chunk is split; `extra` is how many tokens each prompt may grow by."""
         if worlds is not None and len(worlds) != len(ids):
             raise InputError(f"{len(worlds)} worlds for {len(ids)} prompts")
         members: dict[Hashable, list[int]] = {}
@@ -206,18 +196,19 @@ class LanguageModel:
         config = self.backbone.config
         tokens = CACHE_BYTES // (2 * config.layers * config.kv_heads * config.head_dim * self.dtype.itemsize)
         most = max(1, LOGITS // config.vocab_size)
-        parts: list[tuple[_World, int]] = []  # a world or a part of one, its longest suffix
+        parts: list[tuple[World, int]] = []  # a world or a part of one, its longest suffix
         for agents in members.values():
-            prefix = _common_prefix([ids[agent] for agent in agents])
+            prefix = common_prefix([ids[agent] for agent in agents])
             own = max(len(ids[agent]) - len(prefix) + extra[agent] for agent in agents)
             size = min(most, max(1, (tokens - len(prefix)) // own))
-            parts += [(_World(prefix, agents[i : i + size]), own) for i in range(0, len(agents), size)]
+            parts += [(World(prefix, agents[i : i + size]), own) for i in range(0, len(agents), size)]
         parts.sort(key=lambda part: -len(part[0].prefix))
-        chunks: list[list[_World]] = []
+        chunks: list[list[World]] = []
         count = longest = 0
         for world, own in parts:
             total, widest = count + len(world.agents), max(longest, own)
-            if chunks and total <= most and (len(chunks[-1]) + 1) * len(chunks[-1][0].prefix) + total * widest <= tokens:
+            shared = (len(chunks[-1]) + 1) * len(chunks[-1][0].prefix) if chunks else 0
+            if chunks and total <= most and shared + total * widest <= tokens:
                 chunks[-1].append(world)
                 count, longest = total, widest
             else:
@@ -227,65 +218,15 @@ class LanguageModel:
 
     # ---- one chunk ---------------------------------------------------------------------------------------------------
 
-    def _prefixes(self, chunk: list[_World]) -> "_Prefixes":
-        """Keys and values of each world's prefix, for every layer."""
-        config, device = self.backbone.config, self.device
-        longest = max(len(world.prefix) for world in chunk)
-        parts: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(config.layers)]
-
-        for some in _batches([len(world.prefix) for world in chunk]):
-            rows = _Rows([world.prefix for world in chunk[some]], [0] * len(chunk[some]), device)
-
-            def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, rows: _Rows = rows) -> Tensor:
-                q, k, v = (rows.pad(x, rows.left) for x in (q, k, v))
-                parts[layer].append(tuple(F.pad(x, (0, 0, 0, longest - x.shape[2])) for x in (k, v)))
-                return rows.pack(causal_attention(q, k, v, config.windows[layer]), rows.from_left)
-
-            if rows.longest:
-                self.backbone.hidden(rows.ids, rows.positions, attend)
-            else:
-                empty = torch.zeros(len(rows.lengths), config.kv_heads, longest, config.head_dim, dtype=self.dtype)
-                for layer in parts:
-                    layer.append((empty.to(device), empty.to(device)))
-        k, v = ([torch.cat([part[i] for part in layer]) for layer in parts] for i in (0, 1))
-        return _Prefixes(k, v, torch.tensor([len(world.prefix) for world in chunk], dtype=torch.int32))
-
-    def _suffixes(
-        self, inputs: list[list[int]], world: np.ndarray, prefixes: "_Prefixes",
-        store: Callable[[int, slice, Tensor, Tensor], None] | None = None,
-    ) -> Iterator[tuple[slice, "_Rows", Tensor]]:  # fmt: skip
-        """Run the agents' own tokens `inputs` on top of their worlds' prefixes, a batch at a time: (which agents, their
-        packing, final hidden states [tokens, dim]). store(layer, agents, k, v) is given each batch's keys and values,
-        [agents, kv_heads, longest, head_dim]."""
-        config, device = self.backbone.config, self.device
-        starts = prefixes.lengths.numpy()[world]
-        for some in _batches([len(row) for row in inputs]):
-            rows = _Rows(inputs[some], starts[some], device)
-            of = world[some]
-            near = slice(int(of[0]), int(of[-1]) + 1)
-            local = _Prefixes([k[near] for k in prefixes.k], [v[near] for v in prefixes.v], prefixes.lengths[near])
-            attention = _Attention(self.backbone, local, rows.lengths, of - of[0], rows.longest, rows.longest)
-
-            def attend(
-                layer: int, q: Tensor, k: Tensor, v: Tensor,
-                rows: _Rows = rows, some: slice = some, attention: "_Attention" = attention,
-            ) -> Tensor:  # fmt: skip
-                q, k, v = rows.pad(q, rows.right), rows.pad(k, rows.left), rows.pad(v, rows.left)
-                if store is not None:
-                    store(layer, some, k, v)
-                return rows.pack(attention(layer, q, k, v), rows.from_right)
-
-            yield some, rows, self.backbone.hidden(rows.ids, rows.positions, attend)[0]
-
     def _decode(
-        self, ids: list[list[int]], chunk: list[_World], hashed: np.ndarray, max_new_tokens: int, temperature: float,
+        self, ids: list[list[int]], chunk: list[World], hashed: np.ndarray, max_new_tokens: int, temperature: float,
         top_k: int, top_p: float, penalty: float, stop: tuple[str, ...],
     ) -> list[str]:  # fmt: skip
         """The texts of a chunk's agents, in the chunk's order."""
         config, device = self.backbone.config, self.device
         prompts = [ids[agent] for world in chunk for agent in world.agents]
         world = np.repeat(np.arange(len(chunk)), [len(w.agents) for w in chunk])
-        prefixes = self._prefixes(chunk)
+        prefixes = run_prefixes(self.backbone, chunk)
         inputs = [row[len(chunk[w].prefix) :] for row, w in zip(prompts, world, strict=True)]
         lengths = np.array([len(row) for row in inputs])
         shape = (config.layers, len(prompts), config.kv_heads, int(lengths.max()) + max_new_tokens - 1, config.head_dim)
@@ -295,7 +236,7 @@ class LanguageModel:
             cache_k[layer, some, :, : k.shape[2]] = k
             cache_v[layer, some, :, : v.shape[2]] = v
 
-        hidden = torch.cat([h[rows.last] for _, rows, h in self._suffixes(inputs, world, prefixes, store)])
+        hidden = torch.cat([h[rows.last] for _, rows, h in run_suffixes(self.backbone, inputs, world, prefixes, store)])
         tokens = np.zeros((len(prompts), max_new_tokens), dtype=np.int64)
         counts = np.zeros(len(prompts), dtype=np.int64)  # tokens of text, per agent
         limits = np.minimum(max_new_tokens, config.max_positions + 1 - np.array([len(row) for row in prompts]))
@@ -335,52 +276,35 @@ class LanguageModel:
                 prefixes, world = prefixes.keep(world[rows])
                 lengths, row_of, alive, chosen = lengths[rows], row_of[rows], alive[rows], chosen[keep]
                 seen = None if seen is None else seen[keep]
-            hidden = self._step(chosen, lengths + step + 1, world, prefixes, cache_k, cache_v)
+            hidden = run_step(self.backbone, chosen, lengths + step + 1, world, prefixes, cache_k, cache_v)
         texts = self._texts([row[:count] for row, count in zip(tokens, counts, strict=True)])
         return [text[: min((text.find(s) for s in stop if s in text), default=None)] for text in texts]
-
-    def _step(
-        self, ids: Tensor, lengths: np.ndarray, world: np.ndarray, prefixes: "_Prefixes", cache_k: Tensor, cache_v: Tensor
-    ) -> Tensor:  # fmt: skip
-        """Feed one token to every agent: ids [agents]; lengths, their suffixes' with this token -> hidden [agents, dim]."""
-        longest = int(lengths.max())
-        attention = _Attention(self.backbone, prefixes, lengths, world, 1, longest)
-        slot = torch.from_numpy(lengths - 1).to(self.device)
-        agent = torch.arange(len(lengths), device=self.device)
-        positions = torch.from_numpy(prefixes.lengths.numpy()[world] + lengths - 1).to(self.device)[:, None]
-
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            cache_k[layer, agent, :, slot] = k[:, :, 0]
-            cache_v[layer, agent, :, slot] = v[:, :, 0]
-            return attention(layer, q, cache_k[layer, :, :, :longest], cache_v[layer, :, :, :longest])
-
-        return self.backbone.hidden(ids[:, None], positions, attend)[:, 0]
 
     def _texts(self, batch: Sequence[np.ndarray]) -> list[str]:
         """Decoded ids. A backbone's vocabulary is often padded beyond the tokenizer's: ids from there have no text."""
         known = self.tokenizer.vocab_size
         return self.tokenizer.decode_batch([ids[ids < known].tolist() for ids in batch])
 
-    def _score(self, ids: list[list[int]], targets: list[list[int]], chunk: list[_World]) -> Tensor:
+    def _score(self, ids: list[list[int]], targets: list[list[int]], chunk: list[World]) -> Tensor:
         """log_prob of a chunk's agents, in the chunk's order."""
-        dtype, device = torch.promote_types(self.dtype, torch.float32), self.device
+        config, dtype, device = self.backbone.config, torch.promote_types(self.dtype, torch.float32), self.device
         agents = [(agent, w) for w, world in enumerate(chunk) for agent in world.agents]
         scored = [i for i, (agent, _) in enumerate(agents) if targets[agent]]
         total = torch.zeros(len(agents), dtype=dtype, device=device)
         if not scored:
             return total
-        prefixes = self._prefixes(chunk)
+        prefixes = run_prefixes(self.backbone, chunk)
         wanted = [targets[agents[i][0]] for i in scored]
         own = [ids[agents[i][0]][len(chunk[agents[i][1]].prefix) :] for i in scored]
         inputs = [prompt + target[:-1] for prompt, target in zip(own, wanted, strict=True)]
         world = np.array([agents[i][1] for i in scored])
-        for some, rows, hidden in self._suffixes(inputs, world, prefixes):
+        for some, rows, hidden in run_suffixes(self.backbone, inputs, world, prefixes):
             sizes = np.array([len(target) for target in wanted[some]])
             ends = rows.last.cpu().numpy() + 1
             at = np.concatenate([np.arange(end - size, end) for end, size in zip(ends, sizes, strict=True)])
             target = torch.tensor(np.concatenate(wanted[some]), device=device)
             agent = torch.from_numpy(np.repeat(np.array(scored[some]), sizes)).to(device)
-            hidden, rows_a_time = hidden[torch.from_numpy(at).to(device)], max(1, LOGITS // 4 // self.backbone.config.vocab_size)
+            hidden, rows_a_time = hidden[torch.from_numpy(at).to(device)], max(1, LOGITS // 4 // config.vocab_size)
             for piece, goal, whose in zip(*(x.split(rows_a_time) for x in (hidden, target, agent)), strict=True):
                 if piece.requires_grad:  # logits are made again in the backward pass rather than kept
                     value = checkpoint(self._token_log_prob, piece, goal, use_reentrant=False)
@@ -392,99 +316,6 @@ class LanguageModel:
     def _token_log_prob(self, hidden: Tensor, target: Tensor) -> Tensor:
         logits = self.backbone.logits(hidden).to(torch.promote_types(self.dtype, torch.float32))
         return -F.cross_entropy(logits, target, reduction="none")
-
-
-@dataclass(frozen=True)
-class _Prefixes:
-    """Per layer, keys and values [worlds, kv_heads, longest, head_dim]; lengths int32 [worlds], on the CPU."""
-
-    k: list[Tensor]
-    v: list[Tensor]
-    lengths: Tensor
-
-    def keep(self, world: np.ndarray) -> tuple["_Prefixes", np.ndarray]:
-        """Without the worlds that `world` (of the remaining agents) no longer names, and `world` renumbered."""
-        left, renumbered = np.unique(world, return_inverse=True)
-        if len(left) == len(self.lengths):
-            return self, world
-        index = torch.from_numpy(left)
-        there = index.to(self.k[0].device)
-        longest = int(self.lengths[index].max())
-        k, v = ([x[there, :, :longest] for x in layers] for layers in (self.k, self.v))
-        return _Prefixes(k, v, self.lengths[index]), renumbered
-
-
-class _Attention:
-    """agent_attention with all that is the same in every layer; one index plan for each width of sliding window."""
-
-    def __init__(
-        self, backbone: Backbone, prefixes: _Prefixes, lengths: np.ndarray, world: np.ndarray, q_len: int, suffix_max: int
-    ) -> None:  # fmt: skip
-        self.windows, self.prefixes = backbone.config.windows, prefixes
-        self.lengths, self.world = (torch.from_numpy(x.astype(np.int32)) for x in (lengths, world))
-        self.plans = {
-            window: Plan(
-                backbone.config.heads, q_len, prefixes.lengths, prefixes.k[0].shape[2], self.lengths, suffix_max,
-                self.world, window, prefixes.k[0].device,
-            )
-            for window in set(self.windows)
-        }  # fmt: skip
-
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        shared, window = self.prefixes, self.windows[layer]
-        return agent_attention(
-            q, shared.k[layer], shared.v[layer], shared.lengths, k, v, self.lengths, self.world, window,
-            plan=self.plans[window],
-        )  # fmt: skip
-
-
-class _Rows:
-    """Token rows of different lengths, packed end to end: ids and positions [1, tokens].
-
-    `pad` lays packed [1, heads, tokens, d] out as [rows, heads, longest, d], by `left` (a row begins in the first slot) or
-    `right` (it ends in the last); surplus slots repeat a token of the row. `pack` undoes it, by `from_left` or `from_right`.
-    `last` is each row's last token among the packed ones.
-    """
-
-    def __init__(self, rows: list[list[int]], starts: Sequence[int] | np.ndarray, device: torch.device) -> None:
-        self.lengths = np.array([len(row) for row in rows])
-        self.longest = int(self.lengths.max())
-        ends = np.cumsum(self.lengths)
-        begins, slots, sizes = (ends - self.lengths)[:, None], np.arange(self.longest), self.lengths[:, None]
-        positions = np.arange(ends[-1]) - np.repeat(begins[:, 0] - np.asarray(starts), self.lengths)
-        blank = self.longest - sizes
-        layout = {
-            "ids": np.array([[id for row in rows for id in row]], dtype=np.int64), "positions": positions[None],
-            "left": np.minimum(begins + np.minimum(slots, np.maximum(sizes - 1, 0)), ends[-1] - 1), "right": begins + np.maximum(slots - blank, 0),
-            "from_left": np.flatnonzero(slots < sizes), "from_right": np.flatnonzero(slots >= blank), "last": ends - 1,
-        }  # fmt: skip
-        for name, index in layout.items():
-            setattr(self, name, torch.from_numpy(index).to(device))
-
-    def pad(self, x: Tensor, index: Tensor) -> Tensor:
-        return x[0].transpose(0, 1)[index].transpose(1, 2)
-
-    def pack(self, x: Tensor, index: Tensor) -> Tensor:
-        return x.transpose(1, 2).flatten(0, 1)[index].transpose(0, 1)[None]
-
-
-def _batches(lengths: Sequence[int]) -> list[slice]:
-    """Neighbouring rows, cut where a batch would pass PACKED tokens."""
-    cuts, total = [0], 0
-    for i, length in enumerate(lengths):
-        if total + length > PACKED and i > cuts[-1]:
-            cuts.append(i)
-            total = 0
-        total += length
-    return [slice(start, stop) for start, stop in zip(cuts, [*cuts[1:], len(lengths)], strict=True)]
-
-
-def _common_prefix(rows: list[list[int]]) -> list[int]:
-    """The longest common prefix that leaves each row its last token. The first and last row in lexicographic order differ
-    no later than any other two."""
-    first, last = min(rows), max(rows)
-    most = min(len(row) for row in rows) - 1
-    return first[: next((i for i in range(most) if first[i] != last[i]), most)]
 
 
 def _square(rows: list[list[int]], spare: int, device: torch.device) -> Tensor:

@@ -1,7 +1,8 @@
 """From logits to tokens: repetition penalty, temperature, top-k, top-p, and one uniform a token.
 
-Notable: the noise is a pure function of (seed, position among the generated tokens). There is no generator and no state, so
-a token does not depend on who else is in the batch, nor on how the batch was cut. Everything is vectorised over agents.
+Notable: the noise is a pure function of (seed, position among the generated tokens). There is no generator and no
+state, so a token does not depend on who else is in the batch, nor on how the batch was cut. Everything is vectorised
+over agents.
 """
 
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 def hash_seeds(seeds: Sequence[int]) -> np.ndarray:
     """Whole numbers of any size or sign, taken modulo 2^64 -> uint64 [agents], scrambled."""
-    return _mix(np.array([seed & 0xFFFFFFFFFFFFFFFF for seed in seeds], dtype=np.uint64) + _WEYL)
+    return _mix(np.array([int(seed) & 0xFFFFFFFFFFFFFFFF for seed in seeds], dtype=np.uint64) + _WEYL)
 
 
 def uniforms(hashed: np.ndarray, position: int) -> np.ndarray:
@@ -32,15 +33,15 @@ def uniforms(hashed: np.ndarray, position: int) -> np.ndarray:
 
 
 def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """CTRL's repetition penalty (arXiv 1909.05858, section 4.1) as transformers applies it: positive logits of seen tokens
-    are divided, negative ones multiplied. logits [agents, vocab]; seen int64 [agents, n], repeats allowed."""
+    """CTRL's repetition penalty (arXiv 1909.05858, section 4.1) as transformers applies it: positive logits of seen
+    tokens are divided, negative ones multiplied. logits [agents, vocab]; seen int64 [agents, n], repeats allowed."""
     scores = logits.gather(1, seen)
     return logits.scatter(1, seen, torch.where(scores < 0, scores * penalty, scores / penalty))
 
 
 def truncate(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """-inf for all but the top_k largest logits (0: all; ties with the last stay), then for all tokens that have at least
-    top_p of the remaining probability above them. The largest always stays. logits [agents, vocab]."""
+    """-inf for all but the top_k largest logits (0: all; ties with the last stay), then for all tokens that have at
+    least top_p of the remaining probability above them. The largest always stays. logits [agents, vocab]."""
     if 0 < top_k < logits.shape[1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
     if top_p < 1:
@@ -53,8 +54,8 @@ def truncate(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
 
 
 def sample(logits: Tensor, noise: np.ndarray | None, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """One token an agent, int64 [agents]: the first whose cumulative probability passes the agent's uniform; the largest
-    logit if temperature is 0 (noise is then not read). logits [agents, vocab], float32 or float64.
+    """One token an agent, int64 [agents]: the first whose cumulative probability passes the agent's uniform; the
+    largest logit if temperature is 0 (noise is then not read). logits [agents, vocab], float32 or float64.
 
     Raises FloatingPointError if the logits have no distribution (NaN, or all -inf).
     """
@@ -67,5 +68,6 @@ def sample(logits: Tensor, noise: np.ndarray | None, temperature: float, top_k: 
     cumulative = shares.cumsum(dim=-1, dtype=torch.float64)
     total = cumulative[:, -1:]
     # Strictly below the total, so that the token found has a probability above 0.
-    target = torch.minimum(torch.from_numpy(noise).to(total.device)[:, None] * total, total.nextafter(total.new_zeros(())))
+    target = torch.from_numpy(noise).to(total.device)[:, None] * total
+    target = target.minimum(total.nextafter(torch.zeros_like(total)))
     return torch.searchsorted(cumulative, target, right=True)[:, 0]

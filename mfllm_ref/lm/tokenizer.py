@@ -1,12 +1,12 @@
 """Text to ids and back: tokenizer.json (by `tokenizers`) or tokenizer.model (by `sentencepiece`).
 
 Notable:
-- Nobody's text is ever a control token. The encoder is built without any added token, special or not, so "<|im_end|>" or
-  "</s>" in a post is spelt out like every other text; text that holds none of them splits as the checkpoint's own
+- Nobody's text is ever a control token. The encoder is built without any added token, special or not, so "<|im_end|>"
+  or "</s>" in a post is spelt out like every other text; text that holds none of them splits as the checkpoint's own
   tokenizer splits it. Decoding knows them all and leaves the special ones out.
-- A chat is rendered from the checkpoint's own template with unguessable words standing for the contents. Added tokens are
-  then looked for in what the template wrote alone, and what lies between two of them, the template's and the users' words
-  joined, is encoded as plain text: the ids are the usual ones, and no content can close its turn.
+- A chat is rendered from the checkpoint's own template with unguessable words standing for the contents. Added tokens
+  are then looked for in what the template wrote alone, and what lies between two of them, the template's and the users'
+  words joined, is encoded as plain text: the ids are the usual ones, and no content can close its turn.
 """
 
 import json
@@ -39,8 +39,8 @@ class Added(NamedTuple):
 
 class Tokenizer:
     """Made by `Tokenizer.load`. `vocab_size` counts ids, added tokens included; `eos_ids` end a text, and `end_id` is
-    the one to end a text with (None: there is none); `bos_id` begins a prompt (None where the checkpoint's tokenizer puts
-    nothing in front)."""
+    the one to end a text with (None: there is none); `bos_id` begins a prompt (None where the checkpoint's tokenizer
+    puts nothing in front)."""
 
     @classmethod
     def load(cls, path: Path | str) -> "Tokenizer":
@@ -92,13 +92,15 @@ class Tokenizer:
                 raise InputError(f"{self.folder}: token ids must lie between 0 and {self.vocab_size - 1}")
         return self.model.decode([list(ids) for ids in batch])
 
-    def chat(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True, **variables: Any) -> list[int]:
+    def chat(
+        self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True, **variables: Any
+    ) -> list[int]:  # fmt: skip
         """Ids of a chat in the checkpoint's own template, BOS included if the template writes one.
 
-        messages: {"role", "content"} each, both text; roles are single words. `variables` go to the template as they are.
-        The template sees a stand-in for each content: a word between the content's own leading and trailing white space
-        (so stripping works, and an empty content is empty), which has none of the content's inner features: a template
-        that looks for "</think>" inside a content does not find it.
+        messages: {"role", "content"} each, both text; roles are single words. `variables` go to the template as they
+        are. The template sees a stand-in for each content: a word between the content's own leading and trailing white
+        space (so stripping works, and an empty content is empty), which has none of the content's inner features: a
+        template that looks for "</think>" inside a content does not find it.
         Raises InputError without a template, for messages that are not so, and for what the template itself refuses.
         """
         if self._template is None:
@@ -230,8 +232,8 @@ class _Model:
 
 
 class _Json(_Model):
-    """A tokenizer.json. `full` decodes; `plain` encodes and knows no added token; `later` is `plain` for text that does not
-    begin the input, where some tokenizers put no space in front."""
+    """A tokenizer.json. `full` decodes; `plain` encodes and knows no added token; `later` is `plain` for text that does
+    not begin the input, where some tokenizers put no space in front."""
 
     def __init__(self, path: Path, config: dict[str, Any]) -> None:
         spec = read_json(path)
@@ -269,9 +271,9 @@ class _Json(_Model):
 def _without_added(spec: dict[str, Any], added: dict[str, Added]) -> dict[str, Any]:
     """A tokenizer.json's content such that no text gives an added token's id.
 
-    Often an added token is an item of the text model's vocabulary as well. There it is renamed to what no text contains,
-    and merges that make or use it go; a text that does not contain the token never used them. A single character stays:
-    without it, text could not be spelt.
+    Often an added token is an item of the text model's vocabulary as well. There it is renamed to what no text
+    contains, and merges that make or use it go; a text that does not contain the token never used them. A single
+    character stays: without it, text could not be spelt.
     """
     model = dict(spec["model"])
     nonce = secrets.token_hex(16)
@@ -292,8 +294,8 @@ def _without_added(spec: dict[str, Any], added: dict[str, Added]) -> dict[str, A
 
 
 class _SentencePiece(_Model):
-    """A tokenizer.model, in Llama-2's and Mistral's conventions: a space is put before the text, unknown characters become
-    bytes, BOS comes first unless tokenizer_config.json says otherwise."""
+    """A tokenizer.model, in Llama-2's and Mistral's conventions: a space is put before the text, unknown characters
+    become bytes, BOS comes first unless tokenizer_config.json says otherwise."""
 
     def __init__(self, path: Path, config: dict[str, Any]) -> None:
         extra = _optional(path.with_name("added_tokens.json"))
@@ -354,8 +356,8 @@ class _SentencePiece(_Model):
 
 
 def _demote(proto: bytes) -> bytes:
-    """A sentencepiece model with its user-defined pieces, which would be matched in text, made control pieces, which are
-    not. ModelProto's field 1 is a piece, whose field 3 is its type; both are found by walking protobuf's fields."""
+    """A sentencepiece model with its user-defined pieces, which would be matched in text, made control pieces, which
+    are not. ModelProto's field 1 is a piece, whose field 3 is its type; both are found by walking protobuf's fields."""
     out, at = bytearray(proto), 0
 
     def varint(at: int) -> tuple[int, int]:

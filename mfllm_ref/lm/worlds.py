@@ -1,0 +1,191 @@
+"""Running a backbone over worlds of agents: each world's prefix once, the agents' own tokens on top of it.
+
+Notable: rows of different lengths are packed end to end for the linear layers, which then waste nothing, and padded for
+attention alone. All of this is differentiable; a prefix's keys and values carry the gradients of all its agents.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.agent_attention import Plan, agent_attention
+from mfllm_ref.lm.backbone import Backbone, causal_attention
+
+PACKED = 4096  # tokens in one forward pass over packed rows
+
+
+@dataclass(frozen=True)
+class World:
+    """Agents (indices into the caller's list) and the tokens their prompts begin with."""
+
+    prefix: list[int]
+    agents: list[int]
+
+
+@dataclass(frozen=True)
+class Prefixes:
+    """Per layer, keys and values [worlds, kv_heads, longest, head_dim]; lengths int32 [worlds], on the CPU."""
+
+    k: list[Tensor]
+    v: list[Tensor]
+    lengths: Tensor
+
+    def keep(self, world: np.ndarray) -> tuple["Prefixes", np.ndarray]:
+        """Without the worlds that `world` (of the remaining agents) no longer names, and `world` renumbered."""
+        left, renumbered = np.unique(world, return_inverse=True)
+        if len(left) == len(self.lengths):
+            return self, world
+        index = torch.from_numpy(left)
+        there = index.to(self.k[0].device)
+        longest = int(self.lengths[index].max())
+        k, v = ([x[there, :, :longest] for x in layers] for layers in (self.k, self.v))
+        return Prefixes(k, v, self.lengths[index]), renumbered
+
+
+class Attention:
+    """agent_attention with all that is the same in every layer; one index plan for each width of sliding window."""
+
+    def __init__(
+        self, backbone: Backbone, prefixes: Prefixes, lengths: np.ndarray, world: np.ndarray, q_len: int,
+        suffix_max: int,
+    ) -> None:  # fmt: skip
+        self.windows, self.prefixes = backbone.config.windows, prefixes
+        self.lengths, self.world = (torch.from_numpy(x.astype(np.int32)) for x in (lengths, world))
+        self.plans = {
+            window: Plan(
+                backbone.config.heads, q_len, prefixes.lengths, prefixes.k[0].shape[2], self.lengths, suffix_max,
+                self.world, window, prefixes.k[0].device,
+            )
+            for window in set(self.windows)
+        }  # fmt: skip
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        shared, window = self.prefixes, self.windows[layer]
+        return agent_attention(
+            q, shared.k[layer], shared.v[layer], shared.lengths, k, v, self.lengths, self.world, window,
+            plan=self.plans[window],
+        )  # fmt: skip
+
+
+class Rows:
+    """Token rows of different lengths, packed end to end: ids and positions [1, tokens].
+
+    `pad` lays packed [1, heads, tokens, d] out as [rows, heads, longest, d], by `left` (a row begins in the first slot)
+    or `right` (it ends in the last), with some token's numbers in surplus slots. `pack` undoes it, by `from_left` or
+    `from_right`. `last` is each row's last token among the packed ones.
+    """
+
+    def __init__(self, rows: list[list[int]], starts: Sequence[int] | np.ndarray, device: torch.device) -> None:
+        self.lengths = np.array([len(row) for row in rows])
+        self.longest = int(self.lengths.max())
+        ends = np.cumsum(self.lengths)
+        begins, sizes, slots = (ends - self.lengths)[:, None], self.lengths[:, None], np.arange(self.longest)
+        positions = np.arange(ends[-1]) - np.repeat(begins[:, 0] - np.asarray(starts), self.lengths)
+        blank = self.longest - sizes
+
+        def index(array: np.ndarray) -> Tensor:
+            return torch.from_numpy(array).to(device)
+
+        self.ids = index(np.array([[id for row in rows for id in row]], dtype=np.int64))
+        self.positions = index(positions[None])
+        self.left = index(begins + np.minimum(slots, sizes - 1).clip(0)).clamp(max=max(0, int(ends[-1]) - 1))
+        self.right = index(begins + np.maximum(slots - blank, 0))
+        self.from_left = index(np.flatnonzero(slots < sizes))
+        self.from_right = index(np.flatnonzero(slots >= blank))
+        self.last = index(ends - 1)
+
+    def pad(self, x: Tensor, index: Tensor) -> Tensor:
+        return x[0].transpose(0, 1)[index].transpose(1, 2)
+
+    def pack(self, x: Tensor, index: Tensor) -> Tensor:
+        return x.transpose(1, 2).flatten(0, 1)[index].transpose(0, 1)[None]
+
+
+def _batches(lengths: Sequence[int]) -> list[slice]:
+    """Neighbouring rows, cut where a batch would pass PACKED tokens."""
+    cuts, total = [0], 0
+    for i, length in enumerate(lengths):
+        if total + length > PACKED and i > cuts[-1]:
+            cuts.append(i)
+            total = 0
+        total += length
+    return [slice(start, stop) for start, stop in zip(cuts, [*cuts[1:], len(lengths)], strict=True)]
+
+
+def common_prefix(rows: list[list[int]]) -> list[int]:
+    """The longest common prefix that leaves each row its last token. No two rows differ earlier than the first and the
+    last in lexicographic order."""
+    first, last = min(rows), max(rows)
+    most = min(len(row) for row in rows) - 1
+    return first[: next((i for i in range(most) if first[i] != last[i]), most)]
+
+
+def run_prefixes(backbone: Backbone, chunk: list[World]) -> Prefixes:
+    """Keys and values of each world's prefix, for every layer."""
+    config, device = backbone.config, backbone.lm_head.weight.device
+    longest = max(len(world.prefix) for world in chunk)
+    parts: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(config.layers)]
+
+    for some in _batches([len(world.prefix) for world in chunk]):
+        rows = Rows([world.prefix for world in chunk[some]], [0] * len(chunk[some]), device)
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, rows: Rows = rows) -> Tensor:
+            q, k, v = (rows.pad(x, rows.left) for x in (q, k, v))
+            parts[layer].append(tuple(F.pad(x, (0, 0, 0, longest - x.shape[2])) for x in (k, v)))
+            return rows.pack(causal_attention(q, k, v, config.windows[layer]), rows.from_left)
+
+        backbone.hidden(rows.ids, rows.positions, attend)
+    k, v = ([torch.cat([part[i] for part in layer]) for layer in parts] for i in (0, 1))
+    return Prefixes(k, v, torch.tensor([len(world.prefix) for world in chunk], dtype=torch.int32))
+
+
+def run_suffixes(
+    backbone: Backbone, inputs: list[list[int]], world: np.ndarray, prefixes: Prefixes,
+    store: Callable[[int, slice, Tensor, Tensor], None] | None = None,
+) -> Iterator[tuple[slice, Rows, Tensor]]:  # fmt: skip
+    """Run the agents' own tokens `inputs` on top of their worlds' prefixes, a batch at a time: (which agents, their
+    packing, final hidden states [tokens, dim]). world [agents], non-decreasing. store(layer, agents, k, v) is given
+    each batch's keys and values, [agents, kv_heads, longest, head_dim]."""
+    config, device = backbone.config, backbone.lm_head.weight.device
+    starts = prefixes.lengths.numpy()[world]
+    for some in _batches([len(row) for row in inputs]):
+        rows = Rows(inputs[some], starts[some], device)
+        of = world[some]
+        near = slice(int(of[0]), int(of[-1]) + 1)
+        local = Prefixes([k[near] for k in prefixes.k], [v[near] for v in prefixes.v], prefixes.lengths[near])
+        attention = Attention(backbone, local, rows.lengths, of - of[0], rows.longest, rows.longest)
+
+        def attend(
+            layer: int, q: Tensor, k: Tensor, v: Tensor,
+            rows: Rows = rows, some: slice = some, attention: Attention = attention,
+        ) -> Tensor:  # fmt: skip
+            q, k, v = rows.pad(q, rows.right), rows.pad(k, rows.left), rows.pad(v, rows.left)
+            if store is not None:
+                store(layer, some, k, v)
+            return rows.pack(attention(layer, q, k, v), rows.from_right)
+
+        yield some, rows, backbone.hidden(rows.ids, rows.positions, attend)[0]
+
+
+def run_step(
+    backbone: Backbone, ids: Tensor, lengths: np.ndarray, world: np.ndarray, prefixes: Prefixes,
+    cache_k: Tensor, cache_v: Tensor,
+) -> Tensor:  # fmt: skip
+    """Feed one token to every agent: ids [agents]; lengths, their suffixes' with this token -> hidden [agents, dim].
+    Caches [layers, agents, kv_heads, slots, head_dim] are written in place."""
+    longest = int(lengths.max())
+    attention = Attention(backbone, prefixes, lengths, world, 1, longest)
+    slot = torch.from_numpy(lengths - 1).to(ids.device)
+    agent = torch.arange(len(lengths), device=ids.device)
+    positions = torch.from_numpy(prefixes.lengths.numpy()[world] + lengths - 1).to(ids.device)[:, None]
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        cache_k[layer, agent, :, slot] = k[:, :, 0]
+        cache_v[layer, agent, :, slot] = v[:, :, 0]
+        return attention(layer, q, cache_k[layer, :, :, :longest], cache_v[layer, :, :, :longest])
+
+    return backbone.hidden(ids[:, None], positions, attend)[:, 0]

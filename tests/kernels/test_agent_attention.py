@@ -1,0 +1,186 @@
+"""agent_attention against an independent oracle (PyTorch's attention, one agent at a time) and its own properties."""
+
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernels import agent_attention
+from kernels.agent_attention import Plan, agent_attention_reference
+
+MODULE = sys.modules["kernels.agent_attention"]
+ARGUMENTS = ("q", "prefix_k", "prefix_v", "suffix_k", "suffix_v")
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+
+
+def make(counts, q_len, prefix, suffix, heads=4, kv_heads=2, head_dim=8, dtype=torch.float64, seed=0, dirty=False):
+    """Random inputs: counts[w] agents in world w, lengths drawn up to `prefix` and `suffix`."""
+    g = torch.Generator().manual_seed(seed)
+    worlds, agents = len(counts), sum(counts)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
+
+    case = {
+        "q": normal(agents, heads, q_len, head_dim),
+        "prefix_k": normal(worlds, kv_heads, prefix, head_dim),
+        "prefix_v": normal(worlds, kv_heads, prefix, head_dim),
+        "prefix_len": torch.randint(0, prefix + 1, (worlds,), generator=g, dtype=torch.int32),
+        "suffix_k": normal(agents, kv_heads, suffix, head_dim),
+        "suffix_v": normal(agents, kv_heads, suffix, head_dim),
+        "suffix_len": torch.randint(0, suffix + 1, (agents,), generator=g, dtype=torch.int32),
+        "world": torch.repeat_interleave(torch.arange(worlds), torch.tensor(counts, dtype=torch.int64)).int(),
+    }
+    return spoil(case) if dirty else case
+
+
+def spoil(case):
+    """The same case with NaN in every slot and row that does not count."""
+    case = dict(case)
+    for name in ("prefix", "suffix"):
+        size = case[f"{name}_k"].shape[2]
+        unused = (torch.arange(size) >= case[f"{name}_len"][:, None])[:, None, :, None]
+        for half in "kv":
+            case[f"{name}_{half}"] = case[f"{name}_{half}"].masked_fill(unused, torch.nan)
+    q_len = case["q"].shape[2]
+    padding = case["suffix_len"][:, None] - q_len + torch.arange(q_len) < 0
+    case["q"] = case["q"].masked_fill(padding[:, None, :, None], torch.nan)
+    return case
+
+
+def oracle(case, window=None):
+    """Agent by agent, row by row: PyTorch's attention over exactly the keys that the contract lets the row see."""
+    q = case["q"]
+    out = torch.zeros_like(q)
+    for agent in range(q.shape[0]):
+        w, own = int(case["world"][agent]), int(case["suffix_len"][agent])
+        shared = int(case["prefix_len"][w])
+        k, v = (
+            torch.cat((case[f"prefix_{x}"][w, :, :shared], case[f"suffix_{x}"][agent, :, :own]), dim=1) for x in "kv"
+        )
+        for i in range(q.shape[2]):
+            at = own - q.shape[2] + i
+            if at < 0:
+                continue
+            last = shared + at
+            first = 0 if window is None else max(0, last - window + 1)
+            row, keys, values = (
+                x[None].double() for x in (q[agent, :, i : i + 1], k[:, first : last + 1], v[:, first : last + 1])
+            )
+            out[agent, :, i] = F.scaled_dot_product_attention(row, keys, values, enable_gqa=True)[0, :, 0].to(q.dtype)
+    return out
+
+
+@given(
+    counts=st.lists(st.integers(0, 5), min_size=1, max_size=5),
+    q_len=st.integers(1, 6),
+    prefix=st.integers(0, 9),
+    suffix=st.integers(1, 7),
+    heads=st.sampled_from([(1, 1), (4, 2), (6, 2), (3, 3), (4, 1)]),
+    window=st.none() | st.integers(1, 18),
+    dirty=st.booleans(),
+    cells=st.sampled_from([1, 60, 2**19]),
+    seed=st.integers(0, 10_000),
+)
+@settings(max_examples=150, derandomize=True, deadline=None)
+def test_any_shape_equals_the_oracle(counts, q_len, prefix, suffix, heads, window, dirty, cells, seed):
+    """Invariant: whatever the lengths, worlds, heads and window, however the work is cut into pieces, and whatever unused
+    slots hold, fast path and reference both give what plain attention over the visible keys gives."""
+    case = make(counts, q_len, prefix, suffix, *heads, seed=seed)
+    expected = oracle(case, window)
+    case = spoil(case) if dirty else case
+    before, MODULE.CELLS = MODULE.CELLS, cells
+    try:
+        fast = agent_attention(**case, window=window)
+    finally:
+        MODULE.CELLS = before
+    torch.testing.assert_close(fast, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(agent_attention_reference(**case, window=window), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_every_dtype_keeps_its_own_precision(dtype):
+    case = make([3, 0, 2], 4, 12, 6, head_dim=16, dtype=dtype, dirty=True)
+    for function in (agent_attention, agent_attention_reference):
+        out = function(**case, window=9)
+        assert out.dtype == dtype
+        assert (out.double() - oracle(case, 9).double()).abs().max() < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("function", [agent_attention, agent_attention_reference])
+def test_gradients_equal_finite_differences(function, window):
+    case = make([2, 1], 3, 4, 3, heads=2, kv_heads=1, head_dim=2, seed=3)
+    inputs = [case[name].requires_grad_() for name in ARGUMENTS]
+    rest = {name: case[name] for name in case if name not in ARGUMENTS}
+    assert torch.autograd.gradcheck(lambda *x: function(**dict(zip(ARGUMENTS, x)), **rest, window=window), inputs)
+
+
+def test_gradients_of_the_fast_path_equal_the_references_and_ignore_nan_in_unused_slots():
+    weight = make([3, 1, 0, 2], 4, 6, 5, seed=9)["q"]
+    gradients = []
+    for function in (agent_attention, agent_attention_reference):
+        case = make([3, 1, 0, 2], 4, 6, 5, seed=1, dirty=True)
+        inputs = [case[name].requires_grad_() for name in ARGUMENTS]
+        gradients.append(torch.autograd.grad((function(**case, window=4) * weight).sum(), inputs))
+    for fast, reference in zip(*gradients, strict=True):
+        assert fast.isfinite().all()
+        torch.testing.assert_close(fast, reference, rtol=0, atol=1e-12)
+
+
+def test_padding_rows_return_zero():
+    case = make([2], 4, 3, 5)
+    case["suffix_len"] = torch.tensor([1, 0], dtype=torch.int32)
+    for function in (agent_attention, agent_attention_reference):
+        out = function(**case)
+        assert (out[0, :, :3] == 0).all() and (out[1] == 0).all() and (out[0, :, 3] != 0).all()
+
+
+@pytest.mark.parametrize("function", [agent_attention, agent_attention_reference])
+@pytest.mark.parametrize(
+    "sizes", [([], 1, 4, 3), ([0, 0], 2, 4, 3), ([0, 2, 0], 2, 0, 3), ([1, 2], 2, 4, 0), ([0], 1, 0, 0)]
+)
+def test_nothing_to_see_is_legal(function, sizes):
+    """No worlds, no agents, empty worlds, no prefix slots, no suffix slots: a result of q's shape and a gradient of 0."""
+    case = make(*sizes)
+    case["q"].requires_grad_()
+    out = function(**case)
+    assert out.shape == case["q"].shape
+    torch.testing.assert_close(out, oracle(case))
+    assert torch.autograd.grad(out.sum(), case["q"], allow_unused=True)[0] is not None
+
+
+def test_a_plan_made_once_serves_many_layers():
+    case = make([3, 2], 2, 5, 4, seed=5)
+    plan = Plan(4, 2, case["prefix_len"], 5, case["suffix_len"], 4, case["world"], window=3)
+    for scale in (1.0, -2.0):
+        layer = {name: x * scale if name in ARGUMENTS else x for name, x in case.items()}
+        torch.testing.assert_close(agent_attention(**layer, window=3, plan=plan), oracle(layer, 3))
+    with pytest.raises(ValueError, match="plan"):
+        agent_attention(**make([3, 3], 2, 5, 4), plan=plan)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"world": torch.tensor([1, 0, 0], dtype=torch.int32)},
+        {"world": torch.tensor([0, 1, 2], dtype=torch.int32)},
+        {"prefix_len": torch.tensor([4, 6], dtype=torch.int32)},
+        {"suffix_len": torch.tensor([4, 1, -1], dtype=torch.int32)},
+        {"window": 0},
+    ],
+)
+def test_impossible_lengths_are_refused(change):
+    with pytest.raises(ValueError):
+        agent_attention(**{**make([2, 1], 2, 5, 4), **change})
+
+
+def test_large_scores_do_not_overflow():
+    case = make([2, 2], 2, 6, 4, dtype=torch.float32, seed=2)
+    case = {name: x * 1e3 if name in ("q", "prefix_k", "suffix_k") else x for name, x in case.items()}
+    out = agent_attention(**case)
+    assert out.isfinite().all()
+    torch.testing.assert_close(out, oracle(case), rtol=1e-4, atol=1e-4)
