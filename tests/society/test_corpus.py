@@ -1,0 +1,77 @@
+import numpy as np
+import pytest
+
+from mfllm_ref.society import agora, prompts
+from mfllm_ref.society.annotate import RuleAnnotator
+from mfllm_ref.society.corpus import KINDS, Corpus, Mixture, Past, pretraining_part
+from mfllm_ref.society.events import Action, Agent, Event
+from mfllm_ref.society.rollout import METHODS, Settings, State, World
+from mfllm_ref.society.signals import parse, shares
+
+ANNOTATE = RuleAnnotator()
+
+
+@pytest.fixture(scope="module")
+def past() -> Past:
+    return Past(agora.event("train", 3), ANNOTATE, 10)
+
+
+def test_training_prompts_are_those_of_a_simulation(past):
+    """At every step a document's prefix is what `rollout` shows when the past is real, for every kind of signal."""
+    event = past.event
+    for kind, method in zip(KINDS, ("state", "recent", "popular", "empirical"), strict=True):
+        state = State(World(event, METHODS[method], 0), Settings(batch=10), {}, forced=True)
+        for step in range(past.steps):
+            document = past.policy(step, kind, 10)
+            texts = [document.prefix + private for private, _ in document.branches]
+            assert texts == state.policy_prompts(step, state.indices(step))
+            assert [t for _, t in document.branches] == [prompts.continuation(a.text) for a in event.actions[step * 10:][:10]]
+            labels = ANNOTATE([event.actions[i].text for i in state.indices(step)], "en")
+            actions = state.seen(step, [event.actions[i].text for i in state.indices(step)], labels)
+            state.history.update(actions)
+            state.mean_field = past.population[step]
+            assert past.mean_field(step, prior=False).prefix == state.mean_field_prompt(step, actions)
+
+
+def test_summaries_state_the_counts(past):
+    document = past.mean_field(0, prior=False)
+    stated, counted = parse(document.branches[0][1], "en"), shares([seen.labels for seen in past.actions(0)])
+    for dimension, p in counted.items():
+        np.testing.assert_allclose(stated[dimension], p, atol=0.01)
+
+
+def test_a_prior_document_has_neither_topic_nor_history(past):
+    assert past.mean_field(4, prior=True).prefix == prompts.prior_prompt("en")
+
+
+def test_a_shuffled_document_keeps_all_but_the_signal(past):
+    other = Past(agora.event("train", 5), ANNOTATE, 10)
+    own, shuffled = past.policy(4, "empirical", 10), past.policy(4, "empirical", 10, other)
+    assert own.branches == shuffled.branches
+    assert own.prefix.splitlines()[:2] == shuffled.prefix.splitlines()[:2]
+    assert shuffled.prefix.splitlines()[-1] == other.policy(4, "empirical", 10).prefix.splitlines()[-1]
+    assert own.prefix != shuffled.prefix
+
+
+def test_draws_are_a_pure_function_of_the_generator_and_follow_the_mixture():
+    mixture = Mixture(summaries=0.5, prior=0.5, signals=(0.0, 0.5, 0.0, 0.5), shuffled=0.5)
+    draws = []
+    for _ in range(2):
+        corpus = Corpus(8, ANNOTATE, 10, mixture, lambda i: agora.event("pretrain", i))
+        rng = np.random.default_rng(0)
+        draws.append([corpus.draw(rng) for _ in range(300)])
+    assert draws[0] == draws[1]
+    sorts = [sort for sort, _ in draws[0]]
+    assert set(sorts) == {"mean-field", "recent", "empirical"}
+    assert 0.4 < sorts.count("mean-field") / 300 < 0.6
+    priors = sum(document.prefix == prompts.prior_prompt("en") for _, document in draws[0])
+    assert 0.3 < priors / sorts.count("mean-field") < 0.7
+
+
+def test_the_pretraining_part_is_chosen_by_id_alone():
+    actions = tuple(Action(Agent("a"), "x", float(i)) for i in range(3))
+    events = [Event(f"e{i}", "t", "d", "en", actions) for i in range(100)]
+    chosen, kept = pretraining_part(events)
+    again, _ = pretraining_part(events[::-1])
+    assert len(kept) == 21 and [e.id for e in chosen] == [e.id for e in again]
+    assert {e.id for e in chosen}.isdisjoint(e.id for e in kept)

@@ -1,0 +1,167 @@
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from mfllm_ref import pretrain
+from mfllm_ref.lm import LanguageModel
+from mfllm_ref.lm.backbone import Backbone
+from mfllm_ref.society.corpus import Document
+
+DOCUMENTS = [
+    ("empirical", Document("A topic.\nPopulation: 43%\n", (("User: a\nPost:\n", "I agree."), ("Post:\n", ""), ("Post:\n", "No!")))),
+    ("mean-field", Document("A longer topic than that.\nSummary:\n", (("", "stance: support 43%"),))),
+]  # fmt: skip
+
+
+def test_the_block_mask_gives_every_branch_its_own_prompt(random_lm):
+    """The loss of packed branches is the sum of what each would have alone behind the prefix: log_prob's own value."""
+    batch = pretrain.collate(DOCUMENTS, random_lm.tokenizer, end=0, length=16)
+    random_lm.backbone.float()
+    sums, counts = pretrain.loss_sums(random_lm.backbone, batch)
+    random_lm.backbone.double()
+    for (_, document), nll, count in zip(DOCUMENTS, sums, counts, strict=True):
+        prefix = random_lm.tokenizer.encode(document.prefix)
+        prompts = [prefix + random_lm.tokenizer.encode(private) for private, _ in document.branches]
+        targets = [random_lm.tokenizer.encode(target) for _, target in document.branches]
+        expected = -random_lm.log_prob(prompts, targets, end_of_text=True).sum()
+        assert nll.item() == pytest.approx(expected.item(), abs=1e-4)
+        assert count == sum(len(target) + 1 for target in targets)
+
+
+def test_collate_fills_rows_and_never_drops_the_first_branch(random_lm):
+    many = Document("prefix\n", tuple(("Post:\n", f"text {i}") for i in range(40)))
+    long = Document("word " * 50, (("Post:\n", "yes"), ("Post:\n", "no" * 200)))
+    batch = pretrain.collate([("none", many), ("none", long)], random_lm.tokenizer, end=0, length=32)
+    assert batch.ids.shape == batch.targets.shape and batch.ids.shape[1] % 16 == 0
+    needed = len(random_lm.tokenizer.encode("word " * 50 + "")) + len(random_lm.tokenizer.encode("Post:\n")) + 3
+    assert abs(batch.ids.shape[1] - needed) < 20
+    assert batch.segments[1].max() == 1 and 1 < batch.segments[0].max() < 40
+    assert ((batch.targets == -100) | (batch.segments >= 0)).all()
+
+
+TEXTS = st.text(alphabet=st.characters(codec="utf-8"), max_size=60) | st.sampled_from(
+    ["<0x41>", "<|endoftext|>", "转发微博[哈哈]", "\u2028\x00", "43% of 100% 5%", "🕯️"]
+)
+
+
+@settings(deadline=None, derandomize=True, max_examples=100)
+@given(TEXTS)
+def test_the_tokenizer_decodes_what_it_encoded(random_lm, text):
+    """For any text decode(encode(text)) is the text, and no id of end of text is among the ids."""
+    ids = random_lm.tokenizer.encode(text)
+    assert random_lm.tokenizer.decode(ids) == text
+    assert 0 not in ids
+
+
+def test_percentages_are_digits(random_lm):
+    pieces = [random_lm.tokenizer.decode([i]) for i in random_lm.tokenizer.encode(" support 43% oppose 05% neutral 100%")]
+    assert [p for p in pieces if any(c.isdigit() for c in p)][-1].strip() in ("100%", "0%")
+    assert "43%" not in pieces and "05%" not in pieces
+
+
+def test_optimizer_state_survives_tensors():
+    torch.manual_seed(0)
+    shape = pretrain.Shape(dim=16, layers=1, heads=2, kv_heads=1, intermediate=16, vocab=300)
+    backbones = [Backbone(pretrain.config_for("qwen2", shape, 300)) for _ in range(2)]
+    backbones[1].load_state_dict(backbones[0].state_dict())
+    ids = torch.arange(12).reshape(2, 6)
+
+    def step(backbone, optimizers):
+        torch.nn.functional.cross_entropy(backbone(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    first = pretrain.optimizers(backbones[0], 1e-2)
+    step(backbones[0], first)
+    second = pretrain.optimizers(backbones[1], 1e-2)
+    backbones[1].load_state_dict(backbones[0].state_dict())
+    tensors = {name: t.clone() for name, t in pretrain.optimizer_tensors(first).items()}
+    pretrain.load_optimizer_tensors(second, tensors)
+    for backbone, optimizers in zip(backbones, (first, second), strict=True):
+        step(backbone, optimizers)
+    for p, q in zip(*(b.parameters() for b in backbones), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_the_learning_rate_rises_stays_and_falls():
+    rates = [pretrain.learning_rate(step, 400, 1.0) for step in range(400)]
+    assert rates[0] == pytest.approx(0.02) and max(rates) == 1.0 and rates[-1] == pytest.approx(0.005)
+    assert np.all(np.diff(rates[:50]) > 0) and np.all(np.diff(rates[200:]) < 0)
+
+
+def test_initial_weights_are_a_function_of_the_seed():
+    shape = pretrain.Shape(dim=16, layers=2, heads=2, kv_heads=1, intermediate=16, vocab=300)
+    one, two = (Backbone(pretrain.config_for("qwen3", shape, 300)) for _ in range(2))
+    for backbone in (one, two):
+        pretrain.initialise(backbone, torch.Generator().manual_seed(7))
+    assert all(torch.equal(p, q) for p, q in zip(one.parameters(), two.parameters(), strict=True))
+
+
+@pytest.fixture(scope="module")
+def small_data(tmp_path_factory):
+    """Ten short events as JSON Lines."""
+    from mfllm_ref.society import agora
+    from mfllm_ref.society.readers import write_events
+
+    path = tmp_path_factory.mktemp("data") / "events.jsonl"
+    write_events([agora.event("train", index) for index in range(10)], path)
+    return path
+
+
+def door(*arguments, **options):
+    command = [sys.executable, "train.py", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
+
+
+def test_a_pretrained_folder_loads_here_and_in_transformers_and_resumes_to_the_same_bytes(small_data, tmp_path, monkeypatch):
+    options = ["--data", small_data, "--shape", "tiny", "--steps", 4, "--rows", 2, "--save-every", 2, "--threads", 1]
+    whole = door(*options, "--out", tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr
+    lm = LanguageModel.load(tmp_path / "whole")
+    ids = torch.tensor([lm.tokenizer.encode("Topic: a dam\nPost:\n")])
+    oracle = AutoModelForCausalLM.from_pretrained(tmp_path / "whole", dtype=torch.float32)
+    assert (oracle(ids).logits - lm.backbone(ids)).abs().max() < 1e-4
+    assert AutoTokenizer.from_pretrained(tmp_path / "whole").encode("Topic: a dam\nPost:\n") == ids[0].tolist()
+    log = [json.loads(line) for line in open(tmp_path / "whole" / "log.jsonl")]
+    assert [row["step"] for row in log] == [0, 1, 2, 3] and (tmp_path / "whole" / "loss.png").stat().st_size > 5000
+
+    # Interrupted after its first state was written, then resumed.
+    import mfllm_ref.runs as runs
+
+    real = runs.write_bytes
+
+    def killed(path, content):
+        real(path, content)
+        if path.name == "state.safetensors":
+            raise KeyboardInterrupt
+
+    import train
+
+    monkeypatch.setattr(pretrain, "write_bytes", killed)
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, options), "--out", str(tmp_path / "cut")])
+    with pytest.raises(KeyboardInterrupt):
+        train.main()
+    monkeypatch.undo()
+    assert not (tmp_path / "cut" / "model.safetensors").exists()
+    again = door(*options, "--out", tmp_path / "cut", "--resume")
+    assert again.returncode == 0, again.stderr
+    for name in ("model.safetensors", "tokenizer.json", "config.json"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert door(*options, "--out", tmp_path / "cut", "--resume").returncode == 0, "a finished run stays as it is"
+
+
+@pytest.mark.parametrize(("arguments", "said"), [
+    (["--data", "nowhere"], "nowhere"), (["--lr", "7"], "--lr 7"), (["--steps", "0"], "--steps"), (["--stage", "x"], "--stage"),
+])  # fmt: skip
+def test_bad_options_are_one_line(tmp_path, arguments, said):
+    done = door(*arguments, "--out", tmp_path / "out")
+    assert done.returncode == 2 and said in done.stderr and len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
