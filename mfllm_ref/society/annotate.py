@@ -67,8 +67,8 @@ FILLER = " \t\r\n\u200b\ufeff.。,、…·~:;-—_/\\|()\"'“”‘’@#&*=><�
 # A leading marker makes a share too; the words after it are the sharer's unless they are quoted from @somebody.
 SHARED = re.compile(r"\s*(?:rt\b|(?:re-?post(?:ing)?|shar(?:ed|ing)(?: this)?|passing this on|fwd|转发?) ?:)")
 FULLWIDTH = str.maketrans("？！，～：；（）［］’＠＃", "?!,~:;()[]'@#")
-QUOTED_ZH = re.compile(r"/+\s*@.*|\bRT\s*@.*", re.DOTALL)
-REPLY_ZH = re.compile(r"\s*回[复復覆]\s*@?[^\s:：]{1,40}\s*[:：]")
+QUOTED_ZH = re.compile(r"/\s{0,3}@.*|\bRT\s{0,3}@.*", re.DOTALL)
+REPLY_ZH = re.compile(r"\A\s*回[复復覆]\s*@?[^\s:：]{1,40}\s*[:：]")
 QUOTED_EN = re.compile(r"""[“"]\s*@\w+:?[^”"]{0,300}[”"]?|\b[RMQ]T\b[\s:]*[“"]?\.?@.*""", re.DOTALL)
 
 
@@ -127,7 +127,8 @@ class _Rules:
 
     def labels(self, text: str) -> tuple[str, ...]:
         own = self.own_words(text).lower().translate(self.table)
-        share = bool(self.no_own_word.fullmatch(own.strip("! ") or own) or SHARED.match(own))  # "!!!" alone is a reaction
+        bare = own.strip("! ") or own  # "!!!" alone is a reaction
+        share = bool(self.no_own_word.fullmatch(bare) or SHARED.match(own))
         score = [0.0] * len(AXES)
         negation = -1  # where the last negation ended
         for match in self.pattern.finditer(own):
@@ -136,6 +137,8 @@ class _Rules:
                 effect = self.effects.get(cue) or (self.effects["\0emoticon"] if kind else {})
             else:
                 effect = self.effects.get("\0" + kind, {})
+            if match.start() > negation + 24:
+                negation = -1
             negated = negation >= 0 and effect and self._reaches(own[negation:match.start()])
             for axis, weight in effect.items():
                 score[axis] += weight * NEGATED.get(AXES[axis], 0.0) if negated else weight
@@ -149,7 +152,7 @@ class _Rules:
 
     def _reaches(self, gap: str) -> bool:
         """Whether a negation still governs a cue that begins `gap` after it."""
-        near = len(gap) <= 2 if self.chinese else gap.count(" ") <= 3 and len(gap) <= 24
+        near = len(gap) <= 2 if self.chinese else gap.count(" ") <= 3
         return near and not any(mark in gap for mark in ".,;:!?。、")
 
 
@@ -199,7 +202,8 @@ LABELS_ZH = dict(zip((label for labels in DIMENSIONS.values() for label in label
 QUESTIONS = {
     "en": dict(zip(DIMENSIONS, (
         "Does the author spread the claim or counter it?", "What does the author feel?",
-        "What is the tone of the post?", "Is this a comment in the author's own words or only a share?", "What is the author's stance?",
+        "What is the tone of the post?", "Is this a comment in the author's own words or only a share?",
+        "What is the author's stance?",
         "Does the author believe the claim or doubt it?", "Is the post subjective or objective?",
         "Does the author ask a question, promote something or give an opinion?"))),
     "zh": dict(zip(DIMENSIONS, (

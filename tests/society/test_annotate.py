@@ -29,7 +29,8 @@ PLAIN_SHARE = dict(rumor="spread", sentiment_state="calm", sentiment_tendency="n
     ("", "zh"), (" \n", "zh"), ("转发微博", "zh"), ("轉發微博。", "zh"), ("Repost", "zh"), ("转。", "zh"),
     ("@小明 @小红", "zh"), ("//@小明:太可怕了[怒]", "zh"), ("转发微博//@小明:假的吧？", "zh"), ("回复@小明://@小红:哈哈", "zh"),
     ("http://t.cn/abc", "zh"), ("扩散", "zh"), ("+1", "zh"), ("", "en"), ("RT", "en"), ("@ann @bob", "en"),
-    ("RT @ann: this is fake!! why?", "en"), ("“@ann: I am so angry”", "en"), ("Repost", "en"), ("https://t.co/x1", "en"),
+    ("RT @ann: this is fake!! why?", "en"),
+    ("“@ann: I am so angry”", "en"), ("Repost", "en"), ("https://t.co/x1", "en"),
     ('"@ann: great news, join us"', "en"), ("MT @ann I disagree", "en"),
 ])
 def test_without_own_words_it_is_a_plain_share(text, language):
@@ -79,7 +80,7 @@ CASES = [
     ("en", "Police confirmed the road was closed at noon", dict(subjectivity="objective", stance="support")),
     ("en", "not happy at all", dict(sentiment_state="calm", sentiment_tendency="negative")),
     ("en", "It isn’t true", dict(belief_degree="doubt", rumor="counter")),
-    ("en", "So sad. RT @ann: great, I support this", dict(sentiment_state="sad", stance="neutral", behavior_type="comment")),
+    ("en", "So sad. RT @ann: great, I support this", dict(sentiment_state="sad", stance="neutral")),
     ("en", "“@ann: terrible fake news” yes, I agree", dict(stance="support", rumor="spread")),
     ("en", "Sharing this: I agree", dict(behavior_type="share", stance="support")),
     ("en", "#LoveHate https://t.co/angry @furious ok then", dict(sentiment_state="calm", sentiment_tendency="neutral")),
@@ -95,7 +96,8 @@ def test_cues(language, text, expected):
 
 
 @pytest.mark.parametrize("emoticon, state", [
-    ("怒骂", "angry"), ("愤怒", "angry"), ("抓狂", "angry"), ("哈哈", "happy"), ("嘻嘻", "happy"), ("爱你", "happy"), ("心", "happy"),
+    ("怒骂", "angry"), ("愤怒", "angry"),
+    ("抓狂", "angry"), ("哈哈", "happy"), ("嘻嘻", "happy"), ("爱你", "happy"), ("心", "happy"),
     ("偷笑", "happy"), ("太开心", "happy"), ("衰", "sad"), ("可怜", "sad"), ("悲伤", "sad"), ("泪流满面", "sad"), ("吃惊", "surprise"),
     ("惊恐", "fear"), ("害怕", "fear"), ("愛你", "happy"), ("太開心", "happy"), ("可憐", "sad"), ("悲傷", "sad"), ("吃驚", "surprise"),
     ("驚恐", "fear"), ("憤怒", "angry"), ("蠟燭", "sad"), ("淚", "sad"), ("贊", "calm"), ("赞", "calm"), ("围观", "calm"),
@@ -107,9 +109,10 @@ def test_emoticons_are_the_writers_own_label(emoticon, state):
 
 
 any_text = st.text(st.characters(exclude_categories=("Cs",)), max_size=40)
+all_cues = [cue.replace("_", " ").lstrip("^") for language in ("zh", "en")
+            for cues in LEXICON[language].values() for cue in cues.split()]
 cue_text = st.lists(st.sampled_from(
-    [cue.replace("_", " ").lstrip("^") for language in ("zh", "en") for cues in LEXICON[language].values() for cue in cues.split()]
-    + ["//@", "@甲:", "RT @", "“@b:", "#", "http:", "《", "[", "?", "!", " ", "，"]), max_size=8).map(" ".join)
+    all_cues + ["//@", "@甲:", "RT @", "“@b:", "#", "http:", "《", "[", "?", "!", " ", "，"]), max_size=8).map(" ".join)
 
 
 @settings(derandomize=True, deadline=None, max_examples=150)
@@ -131,7 +134,8 @@ def test_what_follows_a_quotation_mark_of_a_chain_is_not_the_writers(own, quoted
 
 
 @settings(derandomize=True, deadline=None, max_examples=60)
-@given(own=st.sampled_from([case[1] for case in CASES if case[0] == "en"]).filter(lambda text: "@" not in text), quoted=cue_text)
+@given(own=st.sampled_from([text for language, text, _ in CASES if language == "en" and "@" not in text]),
+       quoted=cue_text)
 def test_what_follows_a_retweet_marker_is_not_the_writers(own, quoted):
     """Nothing after `RT @name` changes any label."""
     assert annotate(f"{own} RT @ann: {quoted}", "en") == annotate(own, "en")
@@ -142,13 +146,15 @@ def test_an_unknown_language_is_refused():
         annotate("bonjour", "fr")
 
 
-def test_long_hostile_texts_take_linear_time():
-    """No run of openers, markers or cues makes the matcher backtrack: 100,000 characters take well under a CPU second each."""
-    for piece in ("《", "[", "#", "@", "“@a:", "//@", "转发", "rt ", "哈", "ha", "不", "not ", "!", "http:", "a", "#a "):
-        for language in ("zh", "en"):
-            start = time.process_time()
-            annotate(piece * (100_000 // len(piece)), language)
-            assert time.process_time() - start < 3, (piece, language)
+@pytest.mark.parametrize("language", ["zh", "en"])
+def test_long_hostile_texts_take_linear_time(language):
+    """No run of openers, markers, blanks or cues makes the work grow faster than the text: 50,000 characters take well
+    under a CPU second each."""
+    for piece in ("《", "[", "#", "@", "“@a:", '" ', "/", "/ ", " ", "\n", "转发", "rt ", "哈", "ha", "不", "not ", "!",
+                  "http:", "a", "#a ", "，开心", ". happy"):
+        start = time.process_time()
+        annotate("不 not " + piece * (50_000 // len(piece)) + "x", language)
+        assert time.process_time() - start < 2, piece
 
 
 def test_a_million_short_texts_a_minute():

@@ -127,7 +127,8 @@ def action(**fields):
 
 
 def event(**fields):
-    return Event(**{"id": "e", "topic": "t", "domain": "d", "language": "en", **fields, "actions": tuple(fields["actions"])})
+    fields["actions"] = tuple(fields["actions"])
+    return Event(**{"id": "e", "topic": "t", "domain": "d", "language": "en", **fields})
 
 
 texts = st.text(st.characters(exclude_categories=("Cs",)), max_size=12)
@@ -145,7 +146,8 @@ def events(draw):
         parent = draw(st.none() | st.integers(0, count - 1).filter(lambda number: number != index))
         actions.append(Action(Agent(draw(texts), draw(texts), draw(numbers)), draw(texts), time, draw(numbers), parent,
                               draw(labels)))
-    posts = sorted(draw(st.lists(st.builds(PublicPost, st.integers(0, count), texts), max_size=2)), key=lambda p: p.index)
+    posts = draw(st.lists(st.builds(PublicPost, st.integers(0, count), texts), max_size=2))
+    posts.sort(key=lambda post: post.index)
     return Event(draw(texts), draw(names), draw(texts), draw(st.sampled_from(LANGUAGES)), tuple(actions), tuple(posts),
                  draw(st.dictionaries(texts, st.floats(allow_nan=False, allow_infinity=False), max_size=2)))
 
@@ -217,7 +219,8 @@ BAD_FIELDS = [
     (("actions", 1, "time"), '"2"', "time"), (("actions", 1, "time"), "1e999", "time"),
     (("actions", 1, "time"), "1" + "0" * 400, "time"), (("actions", 1, "time"), "1" + "0" * 6000, "malformed"),
     (("actions", 1, "time"), "null", "time"), (("actions", 0, "popularity"), '"many"', "popularity"),
-    (("actions", 0, "text"), "7", "text"), (("actions", 0, "text"), None, "text"), (("actions", 0, "text"), "null", "text"),
+    (("actions", 0, "text"), "7", "text"), (("actions", 0, "text"), None, "text"),
+    (("actions", 0, "text"), "null", "text"),
     (("actions", 0, "text"), '"\\ud800"', "surrogate"), (("actions", 0, "profile"), '"\\udfff x"', "surrogate"),
     (("topic",), '"a\\ud83d"', "surrogate"), (("id",), '"\\ud83d"', "surrogate"), (("topic",), '""', "topic"),
     (("topic",), '" \\n"', "topic"), (("topic",), None, "topic"), (("topic",), "[]", "topic"), (("id",), None, "id"),
@@ -286,7 +289,8 @@ def edit(path, change):
 
 @pytest.mark.parametrize("change, cause", [
     (lambda posts: posts[1].pop("t"), "'t'"), (lambda posts: posts[1].update(t=True), "'t'"),
-    (lambda posts: posts[0].update(text=" ", original_text=""), "topic"), (lambda posts: posts[1].update(text=3), "'text'"),
+    (lambda posts: posts[0].update(text=" ", original_text=""), "topic"),
+    (lambda posts: posts[1].update(text=3), "'text'"),
     (lambda posts: posts[2].update(followers_count="x"), "followers_count"), (lambda posts: posts[:2], "1 action"),
     (lambda posts: posts[3].update(user_description="\ud800"), "surrogate"),
 ])
