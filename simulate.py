@@ -128,7 +128,8 @@ def main() -> None:
         if intervention:
             more = simulation.roll_out(run, "-without", *common, None, show)
             written, seconds = written + more[0], seconds + more[1]
-        likelihood = simulation.nll(lm, [world for world in worlds if world.seed == seeds[0]], settings, annotate)
+        first = [world for world in worlds if world.seed == seeds[0]]
+        likelihood = simulation.nll(lm, first, settings, annotate, show)
         floors = simulation.floors(events, settings, annotate) if args.data is None and args.warmup else None
         labels = metrics.collect(runs.read_json_lines(out / "trajectory.jsonl"))
         result = metrics.evaluate(labels, {event.id: event.domain for event in events}, floors, likelihood)

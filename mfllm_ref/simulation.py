@@ -130,7 +130,7 @@ def roll_out(
     done = (list(trajectory.rows()), list(mean_field.rows()))
     written, started = 0, time.perf_counter()
     total, before = spoken(worlds, settings), _spoken(done[0])
-    with tqdm(total=total, initial=before, unit="action", disable=not progress, smoothing=0) as bar:
+    with tqdm(total=total, initial=before, desc="rollout", unit="action", disable=not progress, smoothing=0) as bar:
         for new_rows, new_fields in rollout(lm, worlds, settings, annotate, intervention, done):
             mean_field.append(new_fields)
             trajectory.append(new_rows)
@@ -143,12 +143,16 @@ def _spoken(rows: Sequence[Mapping]) -> int:
     return sum(row["phase"] == "rollout" and not METHODS[str(row["method"])].resamples for row in rows)
 
 
-def nll(lm: LanguageModel, worlds: Sequence[World], settings: Settings, annotate: Annotator) -> dict[str, float]:
+def nll(
+    lm: LanguageModel, worlds: Sequence[World], settings: Settings, annotate: Annotator, progress: bool
+) -> dict[str, float]:
     """Mean negative log-likelihood in nats per token of the real actions under each method that has a model."""
     total: dict[str, np.ndarray] = {}
-    for number, nats, tokens in teacher_forced(lm, worlds, settings, annotate):
-        name = worlds[number].method.name
-        total[name] = total.get(name, np.zeros(2)) + (nats.sum(), tokens.sum())
+    with tqdm(total=spoken(worlds, settings), desc="likelihoods", unit="action", disable=not progress) as bar:
+        for number, nats, tokens in teacher_forced(lm, worlds, settings, annotate):
+            name = worlds[number].method.name
+            total[name] = total.get(name, np.zeros(2)) + (nats.sum(), tokens.sum())
+            bar.update(len(nats))
     return {name: float(nats / tokens) for name, (nats, tokens) in total.items()}
 
 
