@@ -48,7 +48,10 @@ def threads(args: argparse.Namespace) -> int:
     """Set torch's threads from --threads (explicitly: launchers like torchrun preset 1) and return their number."""
     import torch
 
-    count = args.threads or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count = args.threads or cores
+    if count > 1024:
+        raise InputError(f"--threads {count}: this machine has {cores} cores")
     torch.set_num_threads(count)
     return count
 

@@ -92,9 +92,8 @@ def _own(data: Any, where: str) -> Event:
         if not isinstance(item, dict):
             raise InputError(f"{here}: must be a JSON object, not {kind(item)}")
         popularity = number_field(item, "popularity", here, default=0.0)
-        # An author's reach is the best guess at how popular a post is when it appears, and the reverse.
         agent = Agent(text_field(item, "agent", here), text_field(item, "profile", here, default=""),
-                      number_field(item, "reach", here, default=popularity))
+                      number_field(item, "reach", here, default=0.0))
         actions.append(Action(agent, text_field(item, "text", here), number_field(item, "time", here), popularity,
                               labels=_labels(item, here)))
         parents.append(item.get("parent"))
@@ -158,7 +157,7 @@ def _record(event: Event) -> dict[str, Any]:
     for action in event.actions:
         item = {"agent": action.agent.id, "profile": action.agent.profile, "text": action.text, "time": action.time,
                 "popularity": action.popularity}
-        if action.agent.reach != action.popularity:
+        if action.agent.reach:
             item["reach"] = action.agent.reach
         if action.parent is not None:
             item["parent"] = action.parent

@@ -97,6 +97,10 @@ class State:
         self.count = horizon(world.event, settings)
         self.real = self.count if forced else settings.warmup  # so many first actions are the real ones
         self.ids = action_ids(world.event.actions[: self.count])
+        # An author whose reach is not given has the popularity of their real posts so far, and no later one's.
+        self.reach: dict[str, float] = {}
+        for action in world.event.actions[: settings.warmup]:
+            self.reach[action.agent.id] = max(action.popularity, self.reach.get(action.agent.id, 0.0))
         self.history = History(settings.batch)
         self.mean_field = ""  # m_t, empty before the first update
 
@@ -125,7 +129,9 @@ class State:
         out = []
         for i, text, row in zip(self.indices(step), texts, labels, strict=True):
             action = self.world.event.actions[i]
-            popularity, parent = (action.popularity, action.parent) if i < self.real else (action.agent.reach, None)
+            popularity, parent = action.popularity, action.parent
+            if i >= self.real:
+                popularity, parent = max(action.agent.reach, self.reach.get(action.agent.id, 0.0)), None
             out.append(Seen(self.ids[i], i, action.agent.profile, text, row, popularity, parent))
         return out
 
@@ -225,9 +231,10 @@ def rollout(
     complete steps are replayed, not computed again, and not yielded. Raises InputError (see `horizon`).
     """
     states = [State(world, settings, intervention or {}) for world in worlds]
+    events = {state.world.event.id: state for state in states}
     real = {
-        state.world.event.id: annotate([a.text for a in state.world.event.actions], state.world.event.language)
-        for state in states
+        name: annotate([action.text for action in state.world.event.actions[: state.count]], state.world.event.language)
+        for name, state in events.items()
     }
     done_rows, done_fields = iter(done[0]), iter(done[1])
     replayed = complete_steps(worlds, settings, len(done[0]), len(done[1]))[0]
