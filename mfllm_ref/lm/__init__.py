@@ -1,4 +1,4 @@
-"""Text as probabilities: a transformer, its checkpoints, its tokenizer, its adapters, and `LanguageModel` over them all."""
+"""Text as probabilities: a transformer, its checkpoints, its tokenizer, its adapters, and `LanguageModel` over all."""
 
 from mfllm_ref.lm.language_model import LanguageModel
 

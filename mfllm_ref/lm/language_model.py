@@ -162,10 +162,13 @@ class LanguageModel:
 
     def _encode(self, texts: Sequence[Prompt], bos: Sequence[int] = ()) -> list[list[int]]:
         """Token ids; a text that occurs often is encoded once."""
+        for i, text in enumerate(texts):
+            if not isinstance(text, str) and not (isinstance(text, Sequence) and all(type(id) is int for id in text)):
+                raise InputError(f"prompt {i} must be text or a list of token ids, not {text!r:.60}")
         unique = list(dict.fromkeys(text for text in texts if isinstance(text, str)))
         known = dict(zip(unique, self.tokenizer.encode_batch(unique), strict=True))
         vocab = self.backbone.config.vocab_size
-        rows = [[*bos, *known[text]] if isinstance(text, str) else [int(i) for i in text] for text in texts]
+        rows = [[*bos, *known[text]] if isinstance(text, str) else list(text) for text in texts]
         for i, row in enumerate(rows):
             if row and not 0 <= min(row) <= max(row) < vocab:
                 raise InputError(f"prompt {i}: token ids must lie between 0 and {vocab - 1}, the backbone's vocabulary")

@@ -87,8 +87,8 @@ def oracle(case, window=None):
 )
 @settings(max_examples=150, derandomize=True, deadline=None)
 def test_any_shape_equals_the_oracle(counts, q_len, prefix, suffix, heads, window, dirty, cells, seed):
-    """Invariant: whatever the lengths, worlds, heads and window, however the work is cut into pieces, and whatever unused
-    slots hold, fast path and reference both give what plain attention over the visible keys gives."""
+    """Invariant: whatever the lengths, worlds, heads and window, however the work is cut into pieces, and whatever
+    unused slots hold, fast path and reference both give what plain attention over the visible keys gives."""
     case = make(counts, q_len, prefix, suffix, *heads, seed=seed)
     expected = oracle(case, window)
     case = spoil(case) if dirty else case
@@ -144,7 +144,7 @@ def test_padding_rows_return_zero():
     "sizes", [([], 1, 4, 3), ([0, 0], 2, 4, 3), ([0, 2, 0], 2, 0, 3), ([1, 2], 2, 4, 0), ([0], 1, 0, 0)]
 )
 def test_nothing_to_see_is_legal(function, sizes):
-    """No worlds, no agents, empty worlds, no prefix slots, no suffix slots: a result of q's shape and a gradient of 0."""
+    """No worlds, no agents, empty worlds, no prefix slots, no suffix slots: q's shape, a gradient of 0."""
     case = make(*sizes)
     case["q"].requires_grad_()
     out = function(**case)

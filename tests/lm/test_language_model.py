@@ -1,0 +1,407 @@
+"""generate and log_prob against transformers and against slow, plain implementations of their definitions."""
+
+import json
+import math
+import os
+import re
+
+import numpy as np
+import pytest
+import scipy.stats
+import tokenizers as tk
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers.generation import logits_process as processors
+
+from mfllm_ref.errors import InputError
+from mfllm_ref.lm import LanguageModel, language_model, worlds
+from mfllm_ref.lm.sampling import hash_seeds, sample, truncate, uniforms
+
+VOCAB, END = 320, 2
+SIZES = {
+    "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 96,
+    "bos_token_id": None, "eos_token_id": END, "pad_token_id": 0,
+}  # fmt: skip
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 32, "rope_theta": 10000.0}  # fmt: skip
+FAMILIES = {
+    "qwen2": lambda: transformers.Qwen2Config(**SIZES),
+    "qwen3": lambda: transformers.Qwen3Config(**SIZES, head_dim=12, tie_word_embeddings=True),
+    "llama": lambda: transformers.LlamaConfig(**SIZES, rope_parameters=LLAMA3),
+    "mistral": lambda: transformers.MistralConfig(**SIZES, sliding_window=6),
+}
+WORDS = "the 谣言 rumor is 转发 true , false ! 今天天气真好 who knows".split()
+
+
+def prompts_of(worlds, each, seed=0):
+    """`each` prompts a world that begin alike, and their worlds."""
+    rng = np.random.default_rng(seed)
+
+    def some(n):
+        return " ".join(rng.choice(WORDS, n))
+
+    shared = [some(int(rng.integers(0, 9))) for _ in range(worlds)]
+    prompts = [f"{shared[w]} {some(int(rng.integers(1, 6)))}" for w in range(worlds) for _ in range(each)]
+    return prompts, [w for w in range(worlds) for _ in range(each)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder per family: random weights saved by transformers, a byte-level tokenizer smaller than the vocabulary."""
+    tokenizer = tk.Tokenizer(tk.models.BPE())
+    tokenizer.pre_tokenizer = tk.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tk.decoders.ByteLevel()
+    alphabet, special = tk.pre_tokenizers.ByteLevel.alphabet(), ["<pad>", "<s>", "</s>"]
+    trainer = tk.trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=alphabet, special_tokens=special, show_progress=False
+    )
+    tokenizer.train_from_iterator([" ".join(WORDS)] * 3, trainer)
+    made = {}
+    for number, (name, config) in enumerate(FAMILIES.items()):
+        torch.manual_seed(number)
+        model = transformers.AutoModelForCausalLM.from_config(config()).double().eval()
+        for weight in model.parameters():
+            if weight.dim() > 1:
+                torch.nn.init.normal_(weight, std=0.25)
+        made[name] = tmp_path_factory.mktemp(name)
+        model.save_pretrained(made[name])
+        tokenizer.save(str(made[name] / "tokenizer.json"))
+    return made
+
+
+@pytest.fixture(scope="module")
+def lm(folder):
+    return LanguageModel.load(folder["qwen2"], dtype=torch.float64)
+
+
+def both(folder, family):
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder[family], dtype=torch.float64).eval()
+    return LanguageModel.load(folder[family], dtype=torch.float64), theirs
+
+
+def text_of(lm, ids):
+    """The text of generated ids, as generate is to return it."""
+    ids = ids[: ids.index(END)] if END in ids else ids
+    return lm.tokenizer.decode([id for id in ids if id < lm.tokenizer.vocab_size])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_tokens_and_log_probs_equal_transformers(folder, family):
+    lm, theirs = both(folder, family)
+    prompts, worlds_ = prompts_of(4, 3)
+    continuations = [(WORDS[i % 8] + " true !")[: 3 * (i % 5)] for i in range(len(prompts))]
+    texts = lm.generate(prompts, max_new_tokens=12, temperature=0, worlds=worlds_)
+    scores = lm.log_prob(prompts, continuations, worlds_, end_of_text=True)
+    without_end = lm.log_prob(prompts, continuations, worlds_)
+    for i, prompt in enumerate(prompts):
+        ids = lm.tokenizer.encode(prompt)
+        out = theirs.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)[0].tolist()[len(ids) :]
+        assert texts[i] == text_of(lm, out)
+        target = lm.tokenizer.encode(continuations[i]) + [END]
+        log_p = theirs(torch.tensor([ids + target])).logits[0].log_softmax(-1).double()
+        steps = log_p[torch.arange(len(ids) - 1, len(ids + target) - 1), target]
+        # transformers computes norms in float32, whatever the model's dtype
+        assert scores[i].item() == pytest.approx(steps.sum().item(), abs=1e-4)
+        assert without_end[i].item() == pytest.approx(steps[:-1].sum().item(), abs=1e-4)
+    assert len(set(texts)) > 3  # the prompts matter
+
+
+def splitmix(seed, position):
+    """The documented noise, in Python's integers."""
+    mask = 2**64 - 1
+
+    def mix(x):
+        x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & mask
+        return x ^ (x >> 31)
+
+    weyl = 0x9E3779B97F4A7C15
+    return (mix(mix((seed + weyl) & mask) ^ mix(((position + 1) * weyl) & mask)) >> 11) / 2**53
+
+
+def slow_sample(lm, prompt, seed, steps, temperature=1.0, top_k=0, top_p=1.0, penalty=1.0):
+    """Sampling as defined: no cache, no batch, transformers' own logits processors, one uniform a token."""
+    chain = transformers.LogitsProcessorList()
+    if penalty != 1:
+        chain.append(processors.RepetitionPenaltyLogitsProcessor(penalty))
+    chain.append(processors.TemperatureLogitsWarper(temperature))
+    if top_k:
+        chain.append(processors.TopKLogitsWarper(top_k))
+    if top_p < 1:
+        chain.append(processors.TopPLogitsWarper(top_p))
+    ids = lm.tokenizer.encode(prompt)
+    start = len(ids)
+    for position in range(steps):
+        row = torch.tensor([ids])
+        shares = chain(row, lm.backbone(row)[:, -1]).softmax(-1)[0].tolist()
+        noise, passed = splitmix(seed, position), 0.0
+        ids.append(next(i for i, share in enumerate(shares) if (passed := passed + share) > noise))
+        if ids[-1] == END:
+            break
+    return text_of(lm, ids[start:])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"temperature": 0.3, "top_k": 5},
+        {"temperature": 1.7, "top_p": 0.8},
+        {"temperature": 0.7, "top_k": 40, "top_p": 0.6, "penalty": 1.4},
+        {"penalty": 0.7},
+    ],
+)
+def test_sampling_equals_its_slow_definition(lm, options):
+    prompts, worlds_ = prompts_of(3, 2, seed=1)
+    seeds = [7, -1, 2**70 + 3, 0, 12345, 7]
+    ours = {("repetition_penalty" if key == "penalty" else key): value for key, value in options.items()}
+    texts = lm.generate(prompts, max_new_tokens=8, seeds=seeds, worlds=worlds_, **ours)
+    assert texts == [slow_sample(lm, p, s, 8, **options) for p, s in zip(prompts, seeds, strict=True)]
+    unseeded = [slow_sample(lm, prompt, i, 8, **options) for i, prompt in enumerate(prompts[:2])]
+    assert lm.generate(prompts[:2], 8, **ours) == unseeded
+
+
+def test_sampled_frequencies_follow_the_distribution():
+    """Kolmogorov-Smirnov (the noise is uniform) and chi-square (tokens are as frequent as probable), over many seeds at
+    one position and over many positions at one seed: their p-values are themselves uniform. Neighbours do not
+    correlate."""
+    logits = torch.tensor([[2.0, 0.0, 1.0, -1.0, 0.5, -3.0, 1.5]], dtype=torch.float64)
+    expected = logits.softmax(-1)[0].numpy()
+    noise = np.stack([uniforms(hash_seeds(range(2000)), position) for position in range(2000)])
+    for rows in (noise[:40], noise[:, :40].T):
+        uniform = [scipy.stats.kstest(row, "uniform").pvalue for row in rows]
+        counts = [sample(logits.expand(2000, -1), row, temperature=1.0).bincount(minlength=7).numpy() for row in rows]
+        frequent = [scipy.stats.chisquare(count, expected * 2000).pvalue for count in counts]
+        for pvalues in (uniform, frequent):
+            assert scipy.stats.kstest(pvalues, "uniform").pvalue > 0.01 and min(pvalues) > 1e-4
+    for later in (noise[1:, :-1], noise[:-1, 1:], noise[1:, 1:]):
+        earlier = noise[:-1, :-1]
+        assert abs(np.corrcoef(earlier.ravel(), later.ravel())[0, 1]) < 3e-3  # 6 standard errors
+
+
+def test_sampling_never_picks_what_has_no_probability():
+    """At both ends of the uniform's range and under every truncation the token has a finite logit."""
+    logits = torch.tensor([[-torch.inf, 1.0, 2.0, -torch.inf]] * 2)
+    ends = np.array([0.0, 1 - 2.0**-53])
+    assert sample(logits, ends, 1.0).tolist() == [1, 2]
+    assert sample(logits, ends, 1e-30).tolist() == [2, 2]
+    assert (truncate(logits, top_p=1e-9)[:, 2] == 2).all() and (truncate(logits, top_k=1) > -torch.inf).sum() == 2
+    for bad in (torch.nan, torch.inf):
+        with pytest.raises(FloatingPointError):
+            sample(torch.tensor([[0.0, bad]]), ends[:1], 1.0)
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+@pytest.mark.parametrize("family", ["qwen2", "mistral"])
+def test_no_token_depends_on_the_batch(folder, family, temperature, monkeypatch):
+    """Invariant: alone or together, in any order, under any world keys, in one chunk or many, the texts are equal."""
+    lm = LanguageModel.load(folder[family], dtype=torch.float64)
+    prompts, worlds_ = prompts_of(4, 4, seed=2)
+    seeds = [100 + i for i in range(len(prompts))]
+
+    def run(order, keys):
+        some = lm.generate(
+            [prompts[i] for i in order], 10, temperature, seeds=[seeds[i] for i in order], worlds=keys, stop=["!"]
+        )
+        return [some[list(order).index(i)] for i in range(len(order))]
+
+    together = run(range(len(prompts)), worlds_)
+    alone = [
+        lm.generate([p], 10, temperature, seeds=[s], stop=["!"])[0] for p, s in zip(prompts, seeds, strict=True)
+    ]
+    assert together == alone
+    order = np.random.default_rng(0).permutation(len(prompts)).tolist()
+    assert run(order, [-3 * worlds_[i] for i in order]) == together
+    assert run(range(len(prompts)), None) == together
+    cuts = []
+    decode = lm._decode
+    monkeypatch.setattr(lm, "_decode", lambda ids, chunk, *rest: cuts.append(chunk) or decode(ids, chunk, *rest))
+    monkeypatch.setattr(language_model, "LOGITS", 3 * VOCAB)
+    monkeypatch.setattr(language_model, "CACHE_BYTES", 60 * 1024)
+    monkeypatch.setattr(worlds, "PACKED", 7)
+    assert run(order, [worlds_[i] for i in order]) == together
+    assert len(cuts) > 4 and max(sum(len(w.agents) for w in chunk) for chunk in cuts) <= 3
+
+
+@given(
+    rows=st.lists(
+        st.tuples(st.integers(-2, 2), st.lists(st.sampled_from([3, 4]), min_size=1, max_size=7),
+                  st.lists(st.integers(0, VOCAB - 1), max_size=4)),
+        max_size=8,
+    )  # fmt: skip
+)
+@settings(max_examples=40, derandomize=True, deadline=None)
+def test_log_prob_is_the_sum_over_tokens_of_each_row_by_itself(lm, rows):
+    """Invariant: for any prompts (equal ones, one a prefix of another, one token), any worlds and any continuations
+    (empty ones too), log_prob is the plain sum of log-softmax values of the row run alone."""
+    keys, prompts, targets = [row[0] for row in rows], [row[1] for row in rows], [row[2] for row in rows]
+    scores = lm.log_prob(prompts, targets, keys)
+    assert scores.shape == (len(rows),) and scores.dtype == torch.float64
+    for score, prompt, target in zip(scores, prompts, targets, strict=True):
+        log_p = lm.backbone(torch.tensor([prompt + target]))[0].log_softmax(-1)
+        steps = log_p[torch.arange(len(prompt) - 1, len(prompt + target) - 1), target]
+        torch.testing.assert_close(score, steps.sum(), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "mistral"])
+@pytest.mark.parametrize("logits", [2**24, 8 * VOCAB])
+def test_gradients_pass_through_the_shared_prefix(folder, family, logits, monkeypatch):
+    """An adapter's gradient equals that of the rows run one by one, with the logits made in one go or in pieces."""
+    monkeypatch.setattr(language_model, "LOGITS", logits)
+    monkeypatch.setattr(worlds, "PACKED", 20)
+    lm = LanguageModel.load(folder[family], dtype=torch.float64)
+    lm.add_adapter("a", rank=2, targets="all-linear", seed=0)
+    parameters = lm.adapters.parameters("a")
+    with torch.no_grad():
+        for i, weight in enumerate(parameters):
+            weight.normal_(generator=torch.Generator().manual_seed(i)).mul_(0.1)
+    prompts, worlds_ = prompts_of(3, 3, seed=4)
+    continuations = [" true !", "", " no", " 谣言"] * 2 + ["x"]
+    with lm.adapter("a"):
+        scores = lm.log_prob(prompts, continuations, worlds_, end_of_text=True)
+        grads = torch.autograd.grad((scores * torch.arange(1, 10)).sum(), parameters)
+        total = torch.zeros((), dtype=torch.float64)
+        for i, (prompt, text) in enumerate(zip(prompts, continuations, strict=True), 1):
+            ids, target = lm.tokenizer.encode(prompt), lm.tokenizer.encode(text) + [END]
+            log_p = lm.backbone(torch.tensor([ids + target]))[0].log_softmax(-1)
+            total = total + i * log_p[torch.arange(len(ids) - 1, len(ids + target) - 1), target].sum()
+        expected = torch.autograd.grad(total, parameters)
+    for grad, want in zip(grads, expected, strict=True):
+        torch.testing.assert_close(grad, want, rtol=1e-8, atol=1e-10)
+    with torch.no_grad(), lm.adapter("a"):
+        assert not lm.log_prob(prompts, continuations).requires_grad
+
+
+def test_prefixes_are_computed_once_and_finished_agents_are_dropped(lm, monkeypatch):
+    """Counts tokens through the backbone: a world's common part once, and no row of an agent that ended long ago."""
+    prompts = ["the rumor is true , who knows !" + tail for tail in (" a", " b", " c", " d")] * 4
+    ids = [lm.tokenizer.encode(prompt) for prompt in prompts]
+    sizes = []
+    hidden = lm.backbone.hidden
+    monkeypatch.setattr(lm.backbone, "hidden", lambda ids, *rest: sizes.append(ids.numel()) or hidden(ids, *rest))
+    full = lm.generate(prompts, max_new_tokens=16, stop=["\0never"])
+    common = os.path.commonprefix(ids)
+    assert sizes[0] == len(common) > 9 and sizes[1] == sum(len(row) - len(common) for row in ids)
+    sizes.clear()
+    counts = sorted(len(lm.tokenizer.encode(text)) for text in full)
+    # "e" is common: most agents stop early, one after another
+    texts = lm.generate(prompts, max_new_tokens=16, stop=["e", "a", "o", "i"])
+    assert all(not set(text) & set("eaoi") for text in texts) and counts[-1] > 0
+    steps = sizes[2:]
+    assert steps == sorted(steps, reverse=True) and steps[-1] < len(prompts) / 2
+    expected = [min([text.find(s) for s in "eaoi" if s in text], default=len(text)) for text in full]
+    assert texts == [text[:cut] for text, cut in zip(full, expected, strict=True)]
+
+
+def test_text_ends_before_the_first_stop_string(lm):
+    prompts, worlds_ = prompts_of(2, 4, seed=6)
+    full = lm.generate(prompts, max_new_tokens=30, worlds=worlds_)
+    whole = [part for text in full for part in re.findall("[^\ufffd]{3,}", text)]  # no pieces of unfinished characters
+    for stop in ([whole[0][1:3]], [whole[1][:2], whole[2], "\0never"], whole[3][2]):
+        found = [stop] if isinstance(stop, str) else stop
+        expected = [text[: min((text.find(s) for s in found if s in text), default=None)] for text in full]
+        assert lm.generate(prompts, max_new_tokens=30, worlds=worlds_, stop=stop) == expected
+        assert expected != full
+
+
+def test_an_adapter_in_use_survives_generate_and_every_bit_comes_back(folder):
+    lm = LanguageModel.load(folder["qwen2"], dtype=torch.float32)
+    before = {name: weight.clone() for name, weight in lm.backbone.named_parameters()}
+    lm.add_adapter("a", rank=4, targets="all-linear", seed=0)
+    with torch.no_grad():
+        for i, weight in enumerate(lm.adapters.parameters("a")):
+            weight.normal_(generator=torch.Generator().manual_seed(i)).mul_(0.2)
+    bare = lm.generate(["the rumor"], 8, temperature=0)
+    with lm.adapter("a"):
+        ids = lm.tokenizer.encode("the rumor")
+        with torch.no_grad():
+            for _ in range(8):
+                ids.append(int(lm.backbone(torch.tensor([ids]))[0, -1].argmax()))
+        adapted = lm.generate(["the rumor"], 8, temperature=0)
+        assert adapted == [text_of(lm, ids[len(lm.tokenizer.encode("the rumor")) :])] != bare
+        assert lm.adapters.active == "a" and lm.log_prob(["a"], ["b"]).requires_grad
+        with lm.adapter(None):
+            assert lm.generate(["the rumor"], 8, temperature=0) == bare
+        assert lm.adapters.active == "a"
+    assert lm.adapters.active is None
+    for name, weight in lm.backbone.named_parameters():
+        assert torch.equal(weight, before[name]), name
+
+
+def test_an_adapter_goes_to_disk_and_back(lm, tmp_path):
+    lm.add_adapter("saved", rank=2, seed=1)
+    with torch.no_grad():
+        for weight in lm.adapters.parameters("saved"):
+            weight.fill_(0.05)
+    lm.save_adapter("saved", tmp_path)
+    lm.load_adapter("loaded", tmp_path)
+    scores = []
+    for name in ("saved", "loaded", None):
+        with torch.no_grad(), lm.adapter(name):
+            scores.append(lm.log_prob(["the rumor"], [" is true"]).item())
+    assert scores[0] == scores[1] != scores[2]
+
+
+def test_bos_comes_first_where_the_tokenizer_puts_it(folder, tmp_path):
+    for file in folder["llama"].iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "add_bos_token": True}))
+    lm, bare = (LanguageModel.load(path, dtype=torch.float64) for path in (tmp_path, folder["llama"]))
+    ids = [1, *lm.tokenizer.encode("the rumor")]
+    assert 1 not in lm.tokenizer.encode("the rumor")
+    for continuation in ("!", " is true"):
+        assert lm.log_prob(["the rumor"], [continuation]) == bare.log_prob([ids], [continuation])
+    assert lm.generate(["the rumor", ""], 6) == bare.generate([ids, [1]], 6)
+
+
+def test_positions_run_out(lm):
+    """A prompt may fill all positions, and gives one token then; one token more is refused."""
+    limit = SIZES["max_position_embeddings"]
+    full = [5 + i % 200 for i in range(limit)]
+    long = lm.generate([full, full[:-3]], max_new_tokens=9, temperature=0)
+    assert long == [lm.generate([full], 1, 0)[0], lm.generate([full[:-3]], 4, 0)[0]]
+    with pytest.raises(InputError, match="prompt 1 has 97 tokens"):
+        lm.generate([[5], full + [5]])
+    with pytest.raises(InputError, match="prompt 0 has 98 tokens"):
+        lm.log_prob([full], [[5, 6]])
+
+
+def test_nothing_to_do(lm):
+    assert lm.generate([]) == [] and lm.generate(["a", "b"], max_new_tokens=0) == ["", ""]
+    assert lm.log_prob([], []).shape == (0,)
+    assert lm.log_prob(["a"], [""]).tolist() == [0.0]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_new_tokens": -1}, {"temperature": -0.1}, {"temperature": math.nan}, {"top_k": -1}, {"top_p": 0.0},
+        {"top_p": 1.1}, {"repetition_penalty": 0.0}, {"stop": [""]}, {"seeds": [1, 2]}, {"worlds": [1, 2]},
+    ],
+)  # fmt: skip
+def test_bad_options_are_refused(lm, options):
+    with pytest.raises(InputError):
+        lm.generate(["a"], **options)
+
+
+@pytest.mark.parametrize("prompt", ["", [], [VOCAB], [-1], "\ud800", None])
+def test_bad_prompts_are_refused(lm, prompt):
+    with pytest.raises(InputError) as error:
+        lm.generate([prompt])
+    assert "\n" not in str(error.value)
+    with pytest.raises(InputError):
+        lm.log_prob(["a", "b"], ["c"])
+
+
+def test_half_precision_runs(folder):
+    for dtype in (torch.bfloat16, torch.float16):
+        lm = LanguageModel.load(folder["llama"], dtype=dtype)
+        prompts, worlds_ = prompts_of(2, 2)
+        assert len(lm.generate(prompts, 4, worlds=worlds_)) == 4
+        exact = LanguageModel.load(folder["llama"]).log_prob(prompts, ["a"] * 4, worlds_)
+        score = lm.log_prob(prompts, ["a"] * 4, worlds_)
+        assert score.dtype == torch.float32
+        torch.testing.assert_close(score, exact, rtol=0.2, atol=0.5)
