@@ -124,12 +124,11 @@ def main() -> None:
         if show:
             print(f"writing to {out}", file=sys.stderr)
         common = (lm, worlds, settings, annotate)
-        written, seconds = simulation.roll_out(run, "", *common, intervention, show)
+        written, seconds = simulation.roll_out(run, "", *common, intervention, likelihood=True, progress=show)
         if intervention:
-            more = simulation.roll_out(run, "-without", *common, None, show)
+            more = simulation.roll_out(run, "-without", *common, None, likelihood=False, progress=show)
             written, seconds = written + more[0], seconds + more[1]
-        first = [world for world in worlds if world.seed == seeds[0]]
-        likelihood = simulation.nll(lm, first, settings, annotate, show)
+        likelihood = simulation.nll(runs.read_json_lines(out / "likelihood.jsonl"))
         floors = simulation.floors(events, settings, annotate) if args.data is None and args.warmup else None
         labels = metrics.collect(runs.read_json_lines(out / "trajectory.jsonl"))
         result = metrics.evaluate(labels, {event.id: event.domain for event in events}, floors, likelihood)

@@ -6,7 +6,7 @@ time and goes on from its last complete step; memory holds the worlds' short his
 
 import hashlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +15,13 @@ from tqdm import tqdm
 from mfllm_ref import metrics
 from mfllm_ref.errors import InputError
 from mfllm_ref.lm import LanguageModel
-from mfllm_ref.runs import JsonLines, Run, read_json_lines
+from mfllm_ref.runs import Run, read_json_lines
 from mfllm_ref.society import agora
 from mfllm_ref.society.events import Event
 from mfllm_ref.society.fields import list_field, parse_json, read_text, text_field
 from mfllm_ref.society.readers import load_events
 from mfllm_ref.society.rollout import (
-    METHODS, Annotator, Intervention, Method, Settings, World, complete_steps, horizon, rollout, teacher_forced,
+    METHODS, Annotator, Intervention, Method, Rows, Settings, World, complete_steps, horizon, rollout,
 )  # fmt: skip
 
 BUILT_IN_EVENTS = 7  # one of each domain: what a run without arguments simulates
@@ -110,32 +110,29 @@ def spoken(worlds: Sequence[World], settings: Settings) -> int:
 
 
 def roll_out(
-    run: Run,
-    suffix: str,
-    lm: LanguageModel,
-    worlds: Sequence[World],
-    settings: Settings,
-    annotate: Annotator,
-    intervention: Intervention | None,
-    progress: bool,
-) -> tuple[int, float]:
-    """Roll the worlds out into the run's trajectory<suffix>.jsonl and mean_field<suffix>.jsonl, or go on there.
+    run: Run, suffix: str, lm: LanguageModel, worlds: Sequence[World], settings: Settings, annotate: Annotator,
+    intervention: Intervention | None, likelihood: bool, progress: bool,
+) -> tuple[int, float]:  # fmt: skip
+    """Roll the worlds out into trajectory<suffix>.jsonl, mean_field<suffix>.jsonl and (with `likelihood`) likelihood.jsonl
+    of the run's folder, or go on there.
 
     Returns how many actions the language model wrote now, and the seconds that took.
     """
-    trajectory, mean_field = (run.lines(f"{name}{suffix}.jsonl") for name in ("trajectory", "mean_field"))
-    _, rows, fields = complete_steps(worlds, settings, trajectory.count, mean_field.count)
-    trajectory.keep(rows)
-    mean_field.keep(fields)
-    done = (list(trajectory.rows()), list(mean_field.rows()))
+    names = [f"trajectory{suffix}.jsonl", f"mean_field{suffix}.jsonl", *(["likelihood.jsonl"] if likelihood else [])]
+    files = [run.lines(name) for name in names]
+    counts = tuple([file.count for file in files] + [0] * (3 - len(files)))
+    for file, rows in zip(files, complete_steps(worlds, settings, counts, likelihood)[1]):
+        file.keep(rows)
+    done = Rows(*(list(file.rows()) for file in files))
     written, started = 0, time.perf_counter()
-    total, before = spoken(worlds, settings), _spoken(done[0])
-    with tqdm(total=total, initial=before, desc="rollout", unit="action", disable=not progress, smoothing=0) as bar:
-        for new_rows, new_fields in rollout(lm, worlds, settings, annotate, intervention, done):
-            mean_field.append(new_fields)
-            trajectory.append(new_rows)
-            written += _spoken(new_rows)
-            bar.update(_spoken(new_rows))
+    total, initial = spoken(worlds, settings), _spoken(done.trajectory)
+    with tqdm(total=total, initial=initial, unit="action", disable=not progress, smoothing=0) as bar:
+        for rows in rollout(lm, worlds, settings, annotate, intervention, done, likelihood):
+            # The trajectory last: a step is complete only when it is.
+            for file, new in reversed(list(zip(files, (rows.trajectory, rows.mean_field, rows.likelihood)))):
+                file.append(new)
+            written += _spoken(rows.trajectory)
+            bar.update(_spoken(rows.trajectory))
     return written, time.perf_counter() - started
 
 
@@ -143,17 +140,12 @@ def _spoken(rows: Sequence[Mapping]) -> int:
     return sum(row["phase"] == "rollout" and not METHODS[str(row["method"])].resamples for row in rows)
 
 
-def nll(
-    lm: LanguageModel, worlds: Sequence[World], settings: Settings, annotate: Annotator, progress: bool
-) -> dict[str, float]:
-    """Mean negative log-likelihood in nats per token of the real actions under each method that has a model."""
+def nll(rows: Iterable[Mapping]) -> dict[str, float]:
+    """Mean negative log-likelihood in nats per token of the real actions under each method, from likelihood.jsonl's rows."""
     total: dict[str, np.ndarray] = {}
-    with tqdm(total=spoken(worlds, settings), desc="likelihoods", unit="action", disable=not progress) as bar:
-        for number, nats, tokens in teacher_forced(lm, worlds, settings, annotate):
-            name = worlds[number].method.name
-            total[name] = total.get(name, np.zeros(2)) + (nats.sum(), tokens.sum())
-            bar.update(len(nats))
-    return {name: float(nats / tokens) for name, (nats, tokens) in total.items()}
+    for row in rows:
+        total[row["method"]] = total.get(row["method"], np.zeros(2)) + (row["nll"], row["tokens"])
+    return {name: float(nats / tokens) for name, (nats, tokens) in total.items() if tokens}
 
 
 def _continued(

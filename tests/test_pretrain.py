@@ -1,5 +1,4 @@
 import json
-import subprocess
 import sys
 
 import numpy as np
@@ -7,12 +6,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from mfllm_ref import pretrain
+import train
+from mfllm_ref import doors, pretrain
 from mfllm_ref.lm import LanguageModel
 from mfllm_ref.lm.backbone import Backbone
+from mfllm_ref.society import agora
 from mfllm_ref.society.corpus import Document
+from mfllm_ref.society.readers import write_events
 
 DOCUMENTS = [
     ("empirical", Document("A topic.\nPopulation: 43%\n", (("User: a\nPost:\n", "I agree."), ("Post:\n", ""), ("Post:\n", "No!")))),
@@ -22,7 +24,7 @@ DOCUMENTS = [
 
 def test_the_block_mask_gives_every_branch_its_own_prompt(random_lm):
     """The loss of packed branches is the sum of what each would have alone behind the prefix: log_prob's own value."""
-    batch = pretrain.collate(DOCUMENTS, random_lm.tokenizer, end=0, length=16)
+    batch = pretrain.collate(DOCUMENTS, random_lm.tokenizer, end=0, length=256)
     random_lm.backbone.float()
     sums, counts = pretrain.loss_sums(random_lm.backbone, batch)
     random_lm.backbone.double()
@@ -60,10 +62,12 @@ def test_the_tokenizer_decodes_what_it_encoded(random_lm, text):
     assert 0 not in ids
 
 
-def test_percentages_are_digits(random_lm):
-    pieces = [random_lm.tokenizer.decode([i]) for i in random_lm.tokenizer.encode(" support 43% oppose 05% neutral 100%")]
-    assert [p for p in pieces if any(c.isdigit() for c in p)][-1].strip() in ("100%", "0%")
-    assert "43%" not in pieces and "05%" not in pieces
+def test_percentages_are_digits():
+    """The tens stand alone and the units with their sign, wherever a percentage is: few pieces, all of them frequent."""
+    trained = pretrain.train_tokenizer(["support 43% oppose 05% neutral 100% 52% 17%"] * 20, 400)
+    pieces = trained.encode("oppose 43% neutral 05% support 100%").tokens
+    assert [p.strip() for p in pieces if "%" in p] == ["3%", "5%", "100%"]
+    assert [p.strip() for p in pieces if p.strip().isdigit()] == ["4", "0"]
 
 
 def test_optimizer_state_survives_tensors():
@@ -107,61 +111,64 @@ def test_initial_weights_are_a_function_of_the_seed():
 
 @pytest.fixture(scope="module")
 def small_data(tmp_path_factory):
-    """Ten short events as JSON Lines."""
-    from mfllm_ref.society import agora
-    from mfllm_ref.society.readers import write_events
-
+    """Ten events as JSON Lines."""
     path = tmp_path_factory.mktemp("data") / "events.jsonl"
     write_events([agora.event("train", index) for index in range(10)], path)
     return path
 
 
-def door(*arguments, **options):
-    command = [sys.executable, "train.py", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
+@pytest.fixture
+def door(monkeypatch, capsys):
+    """Runs train.py with these arguments, in this process: (exit code, stderr)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
+        capsys.readouterr()
+        code = doors.run_door("train.py", train.main)
+        return code, capsys.readouterr().err
+
+    threads = torch.get_num_threads()
+    yield run
+    torch.set_num_threads(threads)
 
 
-def test_a_pretrained_folder_loads_here_and_in_transformers_and_resumes_to_the_same_bytes(small_data, tmp_path, monkeypatch):
+def test_a_pretrained_folder_loads_in_transformers_and_a_killed_run_resumes_to_the_same_bytes(
+    small_data, tmp_path, monkeypatch, door
+):
     options = ["--data", small_data, "--shape", "tiny", "--steps", 4, "--rows", 2, "--save-every", 2, "--threads", 1]
-    whole = door(*options, "--out", tmp_path / "whole")
-    assert whole.returncode == 0, whole.stderr
+    assert door(*options, "--out", tmp_path / "whole")[0] == 0
     lm = LanguageModel.load(tmp_path / "whole")
     ids = torch.tensor([lm.tokenizer.encode("Topic: a dam\nPost:\n")])
     oracle = AutoModelForCausalLM.from_pretrained(tmp_path / "whole", dtype=torch.float32)
     assert (oracle(ids).logits - lm.backbone(ids)).abs().max() < 1e-4
-    assert AutoTokenizer.from_pretrained(tmp_path / "whole").encode("Topic: a dam\nPost:\n") == ids[0].tolist()
+    # Not AutoTokenizer: it forces Qwen2's own pieces on every checkpoint of type qwen2.
+    assert PreTrainedTokenizerFast.from_pretrained(tmp_path / "whole").encode("Topic: a dam\nPost:\n") == ids[0].tolist()
     log = [json.loads(line) for line in open(tmp_path / "whole" / "log.jsonl")]
     assert [row["step"] for row in log] == [0, 1, 2, 3] and (tmp_path / "whole" / "loss.png").stat().st_size > 5000
 
-    # Interrupted after its first state was written, then resumed.
-    import mfllm_ref.runs as runs
+    write = pretrain.write_bytes
 
-    real = runs.write_bytes
-
-    def killed(path, content):
-        real(path, content)
+    def interrupted(path, content):
+        write(path, content)
         if path.name == "state.safetensors":
             raise KeyboardInterrupt
 
-    import train
-
-    monkeypatch.setattr(pretrain, "write_bytes", killed)
-    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, options), "--out", str(tmp_path / "cut")])
-    with pytest.raises(KeyboardInterrupt):
-        train.main()
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain, "write_bytes", interrupted)
+        assert door(*options, "--out", tmp_path / "cut")[0] == 130
     assert not (tmp_path / "cut" / "model.safetensors").exists()
-    again = door(*options, "--out", tmp_path / "cut", "--resume")
-    assert again.returncode == 0, again.stderr
+    code, said = door(*options, "--seed", 1, "--out", tmp_path / "cut", "--resume")
+    assert code == 2 and "seed" in said
+    assert door(*options, "--out", tmp_path / "cut", "--resume")[0] == 0
     for name in ("model.safetensors", "tokenizer.json", "config.json"):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    assert door(*options, "--out", tmp_path / "cut", "--resume").returncode == 0, "a finished run stays as it is"
+    assert door(*options, "--out", tmp_path / "cut", "--resume")[0] == 0, "a finished run stays as it is"
 
 
 @pytest.mark.parametrize(("arguments", "said"), [
     (["--data", "nowhere"], "nowhere"), (["--lr", "7"], "--lr 7"), (["--steps", "0"], "--steps"), (["--stage", "x"], "--stage"),
 ])  # fmt: skip
-def test_bad_options_are_one_line(tmp_path, arguments, said):
-    done = door(*arguments, "--out", tmp_path / "out")
-    assert done.returncode == 2 and said in done.stderr and len(done.stderr.splitlines()) == 1
+def test_bad_options_are_one_line(tmp_path, arguments, said, door):
+    code, errors = door(*arguments, "--out", tmp_path / "out")
+    assert code == 2 and said in errors and len(errors.splitlines()) == 1
     assert not (tmp_path / "out").exists()

@@ -4,12 +4,17 @@ One step, for every world at once: read the signal m_t, let the step's agents ac
 are the real ones), annotate what they wrote, and update the population: the history that the simple signals are read from,
 and, for methods with a mean-field model, m_{t+1} ~ mu(. | c, m_t, s_t, a_t). Generations of all worlds that use the same
 adapters are one batch. Nothing of a real action after the warm-up is read, but who acts next (profile and reach).
+
+Beside each simulated world a twin can run whose past stays real: it scores the real actions under the method (teacher
+forcing). Twins share the simulated worlds' batches, which makes them cheap: a mean field takes as many decoding steps for
+one world as for a hundred.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from mfllm_ref.errors import InputError
 from mfllm_ref.lm import LanguageModel
@@ -197,10 +202,9 @@ def _seed(state: State, step: int, index: int) -> int:
 
 def _update_mean_fields(
     lm: LanguageModel, states: Sequence[State], step: int, actions: Sequence[list[Seen]], settings: Settings
-) -> list[Row]:
+) -> None:
     """m_{step+1} of every world that has a mean-field model and a next step to guide."""
     chosen = [k for k, state in enumerate(states) if state.guides(step + 1)]
-    rows: dict[int, Row] = {}
     for name, members in _groups([states[k] for k in chosen], lambda method: method.mean_field):
         owners = [chosen[m] for m in members]
         texts = [_prompt(lm, states[k].mean_field_prompt(step, actions[k]), settings) for k in owners]
@@ -209,121 +213,138 @@ def _update_mean_fields(
             written = lm.generate(texts, settings.summary_tokens, seeds=seeds, stop=("\n",), worlds=owners)
         for k, text in zip(owners, written, strict=True):
             states[k].mean_field = " ".join(text.split())
-            rows[k] = {**_key(states[k]), "step": step + 1, "text": states[k].mean_field}
-    return [rows[k] for k in chosen]
+
+
+def _score(lm: LanguageModel, twins: Sequence[State], step: int, settings: Settings) -> dict[int, tuple[float, int]]:
+    """Of each twin with real actions to score at `step`: minus their log-likelihood in nats, and their tokens, end of
+    text included (DESIGN section 6, nll)."""
+    out: dict[int, tuple[float, int]] = {}
+    scored = [k for k, twin in enumerate(twins) if twin.indices(step)[-1] >= settings.warmup]
+    for name, members in _groups([twins[k] for k in scored], lambda method: method.policy):
+        texts, spoken, owners = [], [], []
+        for k in (scored[m] for m in members):
+            future = [i for i in twins[k].indices(step) if i >= settings.warmup]
+            texts += [_prompt(lm, text, settings) for text in twins[k].policy_prompts(step, future)]
+            spoken += [prompts.continuation(twins[k].world.event.actions[i].text) for i in future]
+            owners += [k] * len(future)
+        with lm.adapter(name), torch.no_grad():
+            nats = -lm.log_prob(texts, spoken, worlds=owners, end_of_text=True).double().cpu().numpy()
+        tokens = np.array([len(ids) + 1 for ids in lm.tokenizer.encode_batch(spoken)])
+        for k in dict.fromkeys(owners):
+            mine = np.array(owners) == k
+            out[k] = float(nats[mine].sum()), int(tokens[mine].sum())
+    return out
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """What one step adds to trajectory.jsonl, mean_field.jsonl (DESIGN section 3) and likelihood.jsonl, which has a row
+    {event, method, seed, step, nll, tokens, text} a twin and step: `text` is the mean field that its real past led to."""
+
+    trajectory: Sequence[Row] = ()
+    mean_field: Sequence[Row] = ()
+    likelihood: Sequence[Row] = ()
+
+    def counts(self) -> tuple[int, int, int]:
+        return len(self.trajectory), len(self.mean_field), len(self.likelihood)
+
+
+def _expected(states: Sequence[State], twins: Sequence[State], step: int) -> tuple[int, int, int]:
+    """How many rows of each file `step` makes."""
+    return (
+        sum(len(state.indices(step)) for state in states), sum(state.guides(step + 1) for state in states),
+        sum(len(twin.indices(step)) > 0 for twin in twins),
+    )  # fmt: skip
+
+
+def _states(
+    worlds: Sequence[World], settings: Settings, intervention: Intervention, likelihood: bool
+) -> tuple[list[State], list[State]]:
+    """The simulated worlds, and the twins of those of the first seed that have a model."""
+    first = min((world.seed for world in worlds), default=0)
+    chosen = [w for w in worlds if likelihood and w.seed == first and not w.method.resamples]
+    states = [State(world, settings, intervention) for world in worlds]
+    return states, [State(world, settings, {}, forced=True) for world in chosen]
+
+
+def complete_steps(
+    worlds: Sequence[World], settings: Settings, rows: tuple[int, int, int], likelihood: bool = False
+) -> tuple[int, tuple[int, int, int]]:
+    """How many steps are complete in files of so many `rows` (as `Rows.counts`), and how many rows those steps have."""
+    states, twins = _states(worlds, settings, {}, likelihood)
+    used = (0, 0, 0)
+    for step in _steps(states):
+        after = tuple(map(sum, zip(used, _expected(states, twins, step), strict=True)))
+        if any(a > b for a, b in zip(after, rows, strict=True)):
+            return step, used
+        used = after
+    return len(_steps(states)), used
+
+
+def rollout(
+    lm: LanguageModel | None, worlds: Sequence[World], settings: Settings, annotate: Annotator,
+    intervention: Intervention | None = None, done: Rows = Rows(), likelihood: bool = False,
+) -> Iterator[Rows]:  # fmt: skip
+    """Run all worlds to their ends, yielding the rows of one step at a time.
+
+    done: the rows of an earlier, interrupted run of the same worlds and settings; its complete steps are replayed, not
+    computed again, and not yielded. likelihood: run twins that score the real actions (first seed, methods with a model).
+    Raises InputError (see `horizon`).
+    """
+    states, twins = _states(worlds, settings, intervention or {}, likelihood)
+    events = {state.world.event.id: state for state in states}
+    real = {
+        name: annotate([action.text for action in state.world.event.actions[: state.count]], state.world.event.language)
+        for name, state in events.items()
+    }
+    earlier = tuple(map(iter, (done.trajectory, done.mean_field, done.likelihood)))
+    replayed, _ = complete_steps(worlds, settings, done.counts(), likelihood)
+    for step in _steps(states):
+        active = [state for state in states if len(state.indices(step)) > 0]
+        forced = [twin for twin in twins if len(twin.indices(step)) > 0]
+        if step < replayed:
+            rows = Rows(*([next(file) for _ in range(n)] for file, n in zip(earlier, _expected(states, twins, step), strict=True)))
+            remaining = iter(rows.trajectory)
+            texts = [[str(next(remaining)["text"]) for _ in state.indices(step)] for state in active]
+        else:
+            texts = _act(lm, active, step, settings)
+            scores = _score(lm, forced, step, settings)
+        texts += [[twin.world.event.actions[i].text for i in twin.indices(step)] for twin in forced]
+        labels = [annotate(written, state.world.event.language) for state, written in zip(active + forced, texts, strict=True)]
+        actions = []
+        for state, written, row in zip(active + forced, texts, labels, strict=True):
+            actions.append(state.seen(step, written, row) + state.inserted(step, annotate))
+            state.history.update(actions[-1])
+        if step < replayed:
+            fields, twin_fields = iter(rows.mean_field), iter(rows.likelihood)
+            for state in active:
+                state.mean_field = str(next(fields)["text"]) if state.guides(step + 1) else ""
+            for twin in forced:
+                twin.mean_field = str(next(twin_fields)["text"])
+            continue
+        _update_mean_fields(lm, active + forced, step, actions, settings)
+        yield Rows(
+            [row for state, *written in zip(active, texts, labels) for row in _rows(state, step, *written, real)],
+            [{**_key(s), "step": step + 1, "text": s.mean_field} for s in active if s.guides(step + 1)],
+            [
+                {**_key(twin), "step": step, "nll": nats, "tokens": tokens, "text": twin.mean_field}
+                for twin, (nats, tokens) in ((twin, scores.get(k, (0.0, 0))) for k, twin in enumerate(forced))
+            ],
+        )
 
 
 def _key(state: State) -> Row:
     return {"event": state.world.event.id, "method": state.world.method.name, "seed": state.world.seed}
 
 
-def rollout(
-    lm: LanguageModel | None,
-    worlds: Sequence[World],
-    settings: Settings,
-    annotate: Annotator,
-    intervention: Intervention | None = None,
-    done: tuple[Sequence[Row], Sequence[Row]] = ((), ()),
-) -> Iterator[tuple[list[Row], list[Row]]]:
-    """Run all worlds to their ends; yields one (trajectory rows, mean-field rows) a step.
-
-    Rows are DESIGN section 3's. `done` are the rows of an earlier, interrupted run of the same worlds and settings: its
-    complete steps are replayed, not computed again, and not yielded. Raises InputError (see `horizon`).
-    """
-    states = [State(world, settings, intervention or {}) for world in worlds]
-    events = {state.world.event.id: state for state in states}
-    real = {
-        name: annotate([action.text for action in state.world.event.actions[: state.count]], state.world.event.language)
-        for name, state in events.items()
-    }
-    done_rows, done_fields = iter(done[0]), iter(done[1])
-    replayed = complete_steps(worlds, settings, len(done[0]), len(done[1]))[0]
-    for step in _steps(states):
-        active = [state for state in states if len(state.indices(step)) > 0]
-        replay = step < replayed
-        rows: list[Row] = [next(done_rows) for state in active for _ in state.indices(step)] if replay else []
-        texts = _texts(rows, active, step) if replay else _act(lm, active, step, settings)
-        actions = []
-        for state, written in zip(active, texts, strict=True):
-            event = state.world.event
-            labels = annotate(written, event.language)
-            if not replay:
-                rows += _rows(state, step, written, labels, real[event.id])
-            actions.append(state.seen(step, written, labels) + state.inserted(step, annotate))
-            state.history.update(actions[-1])
-        if replay:
-            for state in active:
-                if state.guides(step + 1):
-                    state.mean_field = str(next(done_fields)["text"])
-        else:
-            yield rows, _update_mean_fields(lm, active, step, actions, settings)
-
-
-def complete_steps(worlds: Sequence[World], settings: Settings, rows: int, fields: int) -> tuple[int, int, int]:
-    """How many steps are complete in files of `rows` trajectory rows and `fields` mean-field rows, and their row counts.
-
-    A step is complete when all its actions and all mean fields they lead to are written.
-    """
-    states = [State(world, settings, {}) for world in worlds]
-    used_rows = used_fields = 0
-    for step in _steps(states):
-        next_rows = used_rows + sum(len(state.indices(step)) for state in states)
-        next_fields = used_fields + sum(state.guides(step + 1) for state in states)
-        if next_rows > rows or next_fields > fields:
-            return step, used_rows, used_fields
-        used_rows, used_fields = next_rows, next_fields
-    return len(_steps(states)), used_rows, used_fields
-
-
-def _texts(rows: Sequence[Row], active: Sequence[State], step: int) -> list[list[str]]:
-    remaining = iter(rows)
-    return [[str(next(remaining)["text"]) for _ in state.indices(step)] for state in active]
-
-
 def _rows(
-    state: State, step: int, texts: Sequence[str], labels: Sequence[Mapping[str, str]], real: Sequence[Mapping[str, str]]
-) -> list[Row]:
-    out = []
+    state: State, step: int, texts: Sequence[str], labels: Sequence[Mapping[str, str]],
+    real: Mapping[str, Sequence[Mapping[str, str]]],
+) -> Iterator[Row]:  # fmt: skip
     for i, text, row in zip(state.indices(step), texts, labels, strict=True):
         action = state.world.event.actions[i]
         phase = "warmup" if i < state.settings.warmup else "rollout"
-        out.append({
+        yield {
             **_key(state), "step": step, "index": i, "agent": action.agent.id, "phase": phase, "text": text,
-            "real_text": action.text, "labels": dict(row), "real_labels": dict(real[i]),
-        })  # fmt: skip
-    return out
-
-
-def teacher_forced(
-    lm: LanguageModel, worlds: Sequence[World], settings: Settings, annotate: Annotator
-) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """Score the real actions of the rollout phase under each world's method, the past being real too (DESIGN section 6, nll).
-
-    Yields, a step at a time, (world index, negative log-likelihoods in nats, token counts), end of text included. Methods
-    without a model are left out.
-    """
-    states = [State(world, settings, {}, forced=True) for world in worlds]
-    numbers = {id(state): k for k, state in enumerate(states)}
-    for step in _steps(states):
-        active = [s for s in states if len(s.indices(step)) > 0 and not s.world.method.resamples]
-        scored = [s for s in active if s.indices(step)[-1] >= settings.warmup]
-        for name, members in _groups(scored, lambda method: method.policy):
-            texts, spoken, owners = [], [], []
-            for state in (scored[m] for m in members):
-                future = [i for i in state.indices(step) if i >= settings.warmup]
-                texts += [_prompt(lm, text, settings) for text in state.policy_prompts(step, future)]
-                spoken += [prompts.continuation(state.world.event.actions[i].text) for i in future]
-                owners += [numbers[id(state)]] * len(future)
-            with lm.adapter(name):
-                nll = -lm.log_prob(texts, spoken, worlds=owners, end_of_text=True).double().cpu().numpy()
-            tokens = np.array([len(lm.tokenizer.encode(text)) + 1 for text in spoken])
-            for k in dict.fromkeys(owners):
-                mine = np.array(owners) == k
-                yield k, nll[mine], tokens[mine]
-        actions = []
-        for state in active:
-            texts = [state.world.event.actions[i].text for i in state.indices(step)]
-            actions.append(state.seen(step, texts, annotate(texts, state.world.event.language)))
-            state.history.update(actions[-1])
-        _update_mean_fields(lm, active, step, actions, settings)
-
+            "real_text": action.text, "labels": dict(row), "real_labels": dict(real[state.world.event.id][i]),
+        }  # fmt: skip

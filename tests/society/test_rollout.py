@@ -7,7 +7,7 @@ from mfllm_ref.errors import InputError
 from mfllm_ref.society import agora, prompts
 from mfllm_ref.society.annotate import RuleAnnotator
 from mfllm_ref.society.events import Event, PublicPost
-from mfllm_ref.society.rollout import METHODS, Settings, World, complete_steps, hashed, rollout, teacher_forced
+from mfllm_ref.society.rollout import METHODS, Rows, Settings, World, complete_steps, hashed, rollout
 
 ANNOTATE = RuleAnnotator()
 SETTINGS = Settings(agents=34, batch=8, warmup=12, action_tokens=6, summary_tokens=8)
@@ -20,9 +20,9 @@ def worlds(*events: Event, methods=UNTUNED, seeds=(0,)) -> list[World]:
 
 def run(lm, worlds_, settings=SETTINGS, **options):
     rows, fields = [], []
-    for new_rows, new_fields in rollout(lm, worlds_, settings, ANNOTATE, **options):
-        rows += new_rows
-        fields += new_fields
+    for new in rollout(lm, worlds_, settings, ANNOTATE, **options):
+        rows += new.trajectory
+        fields += new.mean_field
     return rows, fields
 
 
@@ -111,15 +111,24 @@ def test_seeds_give_other_futures(random_lm, event):
     assert one[:12] == two[:12] and one[12:] != two[12:]
 
 
-@pytest.mark.parametrize("kept", [(0, 0), (1, 0), (100, 3), (10**6, 10**6)])
-def test_an_interrupted_rollout_goes_on_to_the_same_rows(random_lm, event, result, kept):
+@pytest.mark.parametrize(("kept", "steps"), [((0, 0, 0), 0), ((1, 0, 0), 0), ((100, 3, 13), 1), ((408, 8, 50), 5)])
+def test_an_interrupted_rollout_goes_on_to_the_same_rows(random_lm, event, kept, steps):
     everything = worlds(event, agora.event("train", 4))
-    rows, fields = result
-    steps, n_rows, n_fields = complete_steps(everything, SETTINGS, min(kept[0], len(rows)), min(kept[1], len(fields)))
-    done = (rows[:n_rows], fields[:n_fields])
-    more_rows, more_fields = run(random_lm, everything, done=done)
-    assert (list(done[0]) + more_rows, list(done[1]) + more_fields) == (rows, fields)
-    assert steps == {(0, 0): 0, (1, 0): 0, (100, 3): 1, (10**6, 10**6): 5}[kept]
+    whole = [list(rows) for rows in zip(*map(_files, rollout(random_lm, everything, SETTINGS, ANNOTATE, likelihood=True)))]
+    whole = [[row for step in file for row in step] for file in whole]
+    assert [len(file) for file in whole] == [408, 8, 50]
+    complete, counts = complete_steps(everything, SETTINGS, kept, likelihood=True)
+    assert complete == steps and all(a <= b for a, b in zip(counts, kept, strict=True))
+    done = Rows(*(file[:n] for file, n in zip(whole, counts, strict=True)))
+    again = [list(file) for file in _files(done)]
+    for rows in rollout(random_lm, everything, SETTINGS, ANNOTATE, done=done, likelihood=True):
+        for file, new in zip(again, _files(rows), strict=True):
+            file += new
+    assert again == whole
+
+
+def _files(rows: Rows):
+    return rows.trajectory, rows.mean_field, rows.likelihood
 
 
 def test_an_intervention_that_inserts_nothing_changes_nothing(random_lm, event, result):
@@ -145,19 +154,25 @@ def test_public_posts_are_shown_from_their_time_on(random_lm, event):
     assert changed and min(changed) == 2
 
 
-def test_teacher_forcing_scores_the_real_actions_given_the_real_past(random_lm, event):
+def test_twins_score_the_real_actions_given_the_real_past(random_lm, event, result):
     methods = [METHODS["state"], METHODS["recent"], METHODS["mf-llm-no-ib"], METHODS["persistence"]]
-    got = {}
-    for world, nats, tokens in teacher_forced(random_lm, worlds(event, methods=methods), SETTINGS, ANNOTATE):
-        got.setdefault(world, []).append((nats, tokens))
-    assert set(got) == {0, 1, 2}, "no model, no likelihood"
+    steps = [*rollout(random_lm, worlds(event, methods=methods), SETTINGS, ANNOTATE, likelihood=True)]
+    rows = [row for step in steps for row in step.likelihood]
+    assert {row["method"] for row in rows} == {"state", "recent", "mf-llm-no-ib"}, "no model, no likelihood"
+    mine = of(rows, method="state")
+    assert [row["step"] for row in mine] == [0, 1, 2, 3, 4] and mine[0]["tokens"] == 0
     shared = prompts.policy_shared("en", event.topic, [])
     texts = [shared + prompts.policy_private("en", a.agent.profile) for a in event.actions[12:34]]
     spoken = [prompts.continuation(a.text) for a in event.actions[12:34]]
-    expected = -random_lm.log_prob(texts, spoken, worlds=[*range(22)], end_of_text=True)
-    np.testing.assert_allclose(np.concatenate([n for n, _ in got[0]]), expected.numpy(), rtol=1e-9)
-    counts = np.concatenate([t for _, t in got[0]])
-    assert counts.tolist() == [len(random_lm.tokenizer.encode(text)) + 1 for text in spoken]
+    expected = -random_lm.log_prob(texts, spoken, worlds=[*range(22)], end_of_text=True).sum()
+    np.testing.assert_allclose(sum(row["nll"] for row in mine), expected.item(), rtol=1e-9)
+    assert sum(row["tokens"] for row in mine) == sum(len(random_lm.tokenizer.encode(text)) + 1 for text in spoken)
+    # The twin's summaries are those of a world that never stops warming up, and the simulated worlds do not notice it.
+    late = run(random_lm, worlds(event, methods=methods[2:3]), replace(SETTINGS, warmup=33))[1]
+    assert [row["text"] for row in of(rows, method="mf-llm-no-ib")][:4] == [row["text"] for row in late]
+    assert [row for step in steps for row in step.trajectory if row["method"] == "recent"] == of(
+        result[0], event=event.id, method="recent"
+    )
 
 
 def test_a_warm_up_that_leaves_nothing_is_refused(random_lm, event):
