@@ -246,14 +246,16 @@ def test_log_prob_is_the_sum_over_tokens_of_each_row_by_itself(lm, rows):
         torch.testing.assert_close(score, steps.sum(), rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("family", ["qwen3", "mistral"])
+@pytest.mark.parametrize("family", ["qwen2", "mistral"])
 @pytest.mark.parametrize("logits", [2**24, 8 * VOCAB])
-def test_gradients_pass_through_the_shared_prefix(folder, family, logits, monkeypatch):
-    """An adapter's gradient equals that of the rows run one by one, with the logits made in one go or in pieces."""
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "lm_head"]])
+def test_gradients_pass_through_the_shared_prefix(folder, family, logits, targets, monkeypatch):
+    """An adapter's gradient equals that of the rows run one by one, with the logits made in one go or in pieces, and
+    taken when the adapter is off again."""
     monkeypatch.setattr(language_model, "LOGITS", logits)
     monkeypatch.setattr(worlds, "PACKED", 20)
     lm = LanguageModel.load(folder[family], dtype=torch.float64)
-    lm.add_adapter("a", rank=2, targets="all-linear", seed=0)
+    lm.add_adapter("a", rank=2, targets=targets, seed=0)
     parameters = lm.adapters.parameters("a")
     with torch.no_grad():
         for i, weight in enumerate(parameters):
@@ -262,13 +264,13 @@ def test_gradients_pass_through_the_shared_prefix(folder, family, logits, monkey
     continuations = [" true !", "", " no", " 谣言"] * 2 + ["x"]
     with lm.adapter("a"):
         scores = lm.log_prob(prompts, continuations, worlds_, end_of_text=True)
-        grads = torch.autograd.grad((scores * torch.arange(1, 10)).sum(), parameters)
         total = torch.zeros((), dtype=torch.float64)
         for i, (prompt, text) in enumerate(zip(prompts, continuations, strict=True), 1):
             ids, target = lm.tokenizer.encode(prompt), lm.tokenizer.encode(text) + [END]
             log_p = lm.backbone(torch.tensor([ids + target]))[0].log_softmax(-1)
             total = total + i * log_p[torch.arange(len(ids) - 1, len(ids + target) - 1), target].sum()
-        expected = torch.autograd.grad(total, parameters)
+    grads = torch.autograd.grad((scores * torch.arange(1, 10)).sum(), parameters)
+    expected = torch.autograd.grad(total, parameters)
     for grad, want in zip(grads, expected, strict=True):
         torch.testing.assert_close(grad, want, rtol=1e-8, atol=1e-10)
     with torch.no_grad(), lm.adapter("a"):
@@ -387,7 +389,7 @@ def test_bad_options_are_refused(lm, options):
         lm.generate(["a"], **options)
 
 
-@pytest.mark.parametrize("prompt", ["", [], [VOCAB], [-1], "\ud800", None])
+@pytest.mark.parametrize("prompt", ["", [], [VOCAB], [-1], [0.5], "\ud800", None])
 def test_bad_prompts_are_refused(lm, prompt):
     with pytest.raises(InputError) as error:
         lm.generate([prompt])
