@@ -162,8 +162,10 @@ class LanguageModel:
 
     def _encode(self, texts: Sequence[Prompt], bos: Sequence[int] = ()) -> list[list[int]]:
         """Token ids; a text that occurs often is encoded once."""
+        if isinstance(texts, str):
+            raise InputError("a list of prompts was expected, not one text")
         for i, text in enumerate(texts):
-            if not isinstance(text, str) and not (isinstance(text, Sequence) and all(type(id) is int for id in text)):
+            if not isinstance(text, str | list | tuple) or not (isinstance(text, str) or all(map(_whole, text))):
                 raise InputError(f"prompt {i} must be text or a list of token ids, not {text!r:.60}")
         unique = list(dict.fromkeys(text for text in texts if isinstance(text, str)))
         known = dict(zip(unique, self.tokenizer.encode_batch(unique), strict=True))
@@ -296,6 +298,8 @@ class LanguageModel:
         total = torch.zeros(len(agents), dtype=dtype, device=device)
         if not scored:
             return total
+        active = self.adapters.active  # an adapted head cannot be run again later: its adapter may then be off
+        adapted = active is not None and "lm_head" in self.adapters.adapters[active].layers
         prefixes = run_prefixes(self.backbone, chunk)
         wanted = [targets[agents[i][0]] for i in scored]
         own = [ids[agents[i][0]][len(chunk[agents[i][1]].prefix) :] for i in scored]
@@ -309,7 +313,7 @@ class LanguageModel:
             agent = torch.from_numpy(np.repeat(np.array(scored[some]), sizes)).to(device)
             hidden, rows_a_time = hidden[torch.from_numpy(at).to(device)], max(1, LOGITS // 4 // config.vocab_size)
             for piece, goal, whose in zip(*(x.split(rows_a_time) for x in (hidden, target, agent)), strict=True):
-                if piece.requires_grad:  # logits are made again in the backward pass rather than kept
+                if piece.requires_grad and not adapted:  # logits are made again in the backward pass rather than kept
                     value = checkpoint(self._token_log_prob, piece, goal, use_reentrant=False)
                 else:
                     value = self._token_log_prob(piece, goal)
@@ -319,6 +323,10 @@ class LanguageModel:
     def _token_log_prob(self, hidden: Tensor, target: Tensor) -> Tensor:
         logits = self.backbone.logits(hidden).to(torch.promote_types(self.dtype, torch.float32))
         return -F.cross_entropy(logits, target, reduction="none")
+
+
+def _whole(id: Any) -> bool:
+    return isinstance(id, int | np.integer)
 
 
 def _square(rows: list[list[int]], spare: int, device: torch.device) -> Tensor:

@@ -4,16 +4,14 @@ Notable:
 - Nobody's text is ever a control token. The encoder is built without any added token, special or not, so "<|im_end|>"
   or "</s>" in a post is spelt out like every other text; text that holds none of them splits as the checkpoint's own
   tokenizer splits it. Decoding knows them all and leaves the special ones out.
-- A chat is rendered from the checkpoint's own template with unguessable words standing for the contents. Added tokens
-  are then looked for in what the template wrote alone, and what lies between two of them, the template's and the users'
-  words joined, is encoded as plain text: the ids are the usual ones, and no content can close its turn.
+- In a chat, added tokens are looked for in what the template wrote alone. What lies between two of them, the template's
+  and the users' words joined, is encoded as plain text: the ids are the usual ones, and no content can close its turn.
 """
 
 import json
 import re
 import secrets
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +19,7 @@ import sentencepiece
 import tokenizers
 
 from mfllm_ref.errors import InputError
+from mfllm_ref.lm.chat import ChatTemplate, read_object
 from mfllm_ref.lm.checkpoint import read_json
 
 NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
@@ -48,21 +47,20 @@ class Tokenizer:
         folder = Path(path)
         for name, kind in (("tokenizer.json", _Json), ("tokenizer.model", _SentencePiece)):
             if (folder / name).is_file():
-                return cls(folder, kind(folder / name, _optional(folder / "tokenizer_config.json")))
+                return cls(folder, kind(folder / name, read_object(folder / "tokenizer_config.json")))
         raise InputError(f"{folder}: no tokenizer.json and no tokenizer.model")
 
     def __init__(self, folder: Path, model: "_Json | _SentencePiece") -> None:
         self.folder, self.model = folder, model
-        config = _optional(folder / "tokenizer_config.json")
+        config = read_object(folder / "tokenizer_config.json")
         self.vocab_size = model.size
-        names = {**_optional(folder / "special_tokens_map.json"), **config}
+        names = {**read_object(folder / "special_tokens_map.json"), **config}
         self._names = {key: _content(names[key]) for key in NAMED if _content(names.get(key)) is not None}
-        self._template = _chat_template(folder, config)
-        self._environment: Any = None
+        self._template = ChatTemplate.find(folder, config)
         end = self._id("eos_token")
         declared: tuple[int, ...] = ()
         for name in ("generation_config.json", "config.json"):
-            declared = declared or _ids(_optional(folder / name).get("eos_token_id"), folder / name)
+            declared = declared or _ids(read_object(folder / name).get("eos_token_id"), folder / name)
         # A chat model's tokenizer names the token that ends a turn; other models' may name one they never learnt.
         own = () if end is None or (declared and self._template is None) else (end,)
         self.eos_ids = tuple(sorted({*declared, *own}))
@@ -98,52 +96,17 @@ class Tokenizer:
         """Ids of a chat in the checkpoint's own template, BOS included if the template writes one.
 
         messages: {"role", "content"} each, both text; roles are single words. `variables` go to the template as they
-        are. The template sees a stand-in for each content: a word between the content's own leading and trailing white
-        space (so stripping works, and an empty content is empty), which has none of the content's inner features: a
-        template that looks for "</think>" inside a content does not find it.
+        are; it does not see the contents themselves (see mfllm_ref/lm/chat.py).
         Raises InputError without a template, for messages that are not so, and for what the template itself refuses.
         """
         if self._template is None:
             raise InputError(f"{self.folder}: the checkpoint has no chat template")
-        contents: dict[str, str] = {}
-        stand_ins = []
         for message in messages:
             if set(message) != {"role", "content"} or not re.fullmatch(r"\w+", str(message["role"]), re.ASCII):
                 raise InputError("chat: a message has a role, one word, and a content, and nothing else")
-            core = _checked(message["content"]).strip()
-            word = f"content{secrets.token_hex(16)}x"
-            contents[word] = core
-            stand_ins.append({**message, "content": message["content"].replace(core, word, 1) if core else core})
-        rendered = self._render(stand_ins, add_generation_prompt, variables)
-        # What the template wrote, in even places, and the contents' words, in odd ones.
-        parts = re.split(f"({'|'.join(contents)})", rendered) if contents else [rendered]
-        parts[1::2] = [contents[word] for word in parts[1::2]]
-        return self._encode_parts(parts)
-
-    def _render(self, messages: list[dict[str, str]], add_generation_prompt: bool, variables: dict[str, Any]) -> str:
-        import jinja2
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-        def refuse(message: str) -> None:
-            raise jinja2.TemplateError(message)
-
-        def to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:  # jinja2's own escapes HTML
-            return json.dumps(value, ensure_ascii=ensure_ascii, **options)
-
-        try:
-            if self._environment is None:
-                self._environment = ImmutableSandboxedEnvironment(
-                    trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-                )
-                self._environment.filters["tojson"] = to_json
-                self._environment.globals["raise_exception"] = refuse
-                self._environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-            given = {"tools": None, "documents": None, **self._names, **variables}
-            return self._environment.from_string(self._template).render(
-                messages=messages, add_generation_prompt=add_generation_prompt, **given
-            )
-        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
-            raise InputError(f"{self.folder}: the chat template failed: {error}") from None
+            _checked(message["content"])
+        variables = {**self._names, "add_generation_prompt": add_generation_prompt, **variables}
+        return self._encode_parts(self._template.render(messages, variables))
 
     def _encode_parts(self, parts: list[str]) -> list[int]:
         """Ids of parts joined, with added tokens recognised in even parts only."""
@@ -180,15 +143,6 @@ def _checked(text: str) -> str:
     return text
 
 
-def _optional(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    value = read_json(path)
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: a JSON object was expected")
-    return value
-
-
 def _content(token: Any) -> str | None:
     """A token's text, given as text or as {"content": text, ...}."""
     token = token.get("content") if isinstance(token, dict) else token
@@ -200,22 +154,6 @@ def _ids(value: Any, where: Path) -> tuple[int, ...]:
     if any(type(value) is not int or value < 0 for value in values):
         raise InputError(f"{where}: eos_token_id must be a token id or a list of them, not {value!r:.60}")
     return tuple(values)
-
-
-def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        try:
-            return file.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            raise InputError(f"{file}: not valid UTF-8") from None
-    template = _optional(folder / "chat_template.json").get("chat_template", config.get("chat_template"))
-    if isinstance(template, list):  # several, by name
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = named.get("default")
-    if template is not None and not isinstance(template, str):
-        raise InputError(f"{folder}: chat_template must be text")
-    return template
 
 
 class _Model:
@@ -298,7 +236,7 @@ class _SentencePiece(_Model):
     become bytes, BOS comes first unless tokenizer_config.json says otherwise."""
 
     def __init__(self, path: Path, config: dict[str, Any]) -> None:
-        extra = _optional(path.with_name("added_tokens.json"))
+        extra = read_object(path.with_name("added_tokens.json"))
         try:
             proto = _demote(path.read_bytes())
             space = config.get("add_prefix_space") is not False

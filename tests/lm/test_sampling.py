@@ -1,0 +1,38 @@
+"""The noise is uniform and tokens come as often as they are probable. (Sampled texts: test_language_model.py.)"""
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+
+from mfllm_ref.lm.sampling import hash_seeds, sample, truncate, uniforms
+
+
+def test_sampled_frequencies_follow_the_distribution():
+    """Kolmogorov-Smirnov (the noise is uniform) and chi-square (tokens are as frequent as probable), over many seeds at
+    one position and over many positions at one seed: their p-values are themselves uniform. Neighbours do not
+    correlate."""
+    logits = torch.tensor([[2.0, 0.0, 1.0, -1.0, 0.5, -3.0, 1.5]], dtype=torch.float64)
+    expected = logits.softmax(-1)[0].numpy()
+    noise = np.stack([uniforms(hash_seeds(range(2000)), position) for position in range(2000)])
+    for rows in (noise[:40], noise[:, :40].T):
+        uniform = [scipy.stats.kstest(row, "uniform").pvalue for row in rows]
+        counts = [sample(logits.expand(2000, -1), row, temperature=1.0).bincount(minlength=7).numpy() for row in rows]
+        frequent = [scipy.stats.chisquare(count, expected * 2000).pvalue for count in counts]
+        for pvalues in (uniform, frequent):
+            assert scipy.stats.kstest(pvalues, "uniform").pvalue > 0.01 and min(pvalues) > 1e-4
+    for later in (noise[1:, :-1], noise[:-1, 1:], noise[1:, 1:]):
+        earlier = noise[:-1, :-1]
+        assert abs(np.corrcoef(earlier.ravel(), later.ravel())[0, 1]) < 3e-3  # 6 standard errors
+
+
+def test_sampling_never_picks_what_has_no_probability():
+    """At both ends of the uniform's range and under every truncation the token has a finite logit."""
+    logits = torch.tensor([[-torch.inf, 1.0, 2.0, -torch.inf]] * 2)
+    ends = np.array([0.0, 1 - 2.0**-53])
+    assert sample(logits, ends, 1.0).tolist() == [1, 2]
+    assert sample(logits, ends, 1e-30).tolist() == [2, 2]
+    assert (truncate(logits, top_p=1e-9)[:, 2] == 2).all() and (truncate(logits, top_k=1) > -torch.inf).sum() == 2
+    for bad in (torch.nan, torch.inf):
+        with pytest.raises(FloatingPointError):
+            sample(torch.tensor([[0.0, bad]]), ends[:1], 1.0)
