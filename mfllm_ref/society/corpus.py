@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from mfllm_ref.society import prompts
-from mfllm_ref.society.events import Event, action_ids, hashed
+from mfllm_ref.society.events import DIMENSIONS, Event, action_ids, hashed
 from mfllm_ref.society.prompts import Signal
 from mfllm_ref.society.rollout import Annotator
-from mfllm_ref.society.signals import History, Seen, verbalise
+from mfllm_ref.society.signals import RECENT, History, Seen, verbalise
 
 KINDS = ("none", "recent", "popular", "empirical")
 TUNING_SHARE = 0.21  # of an outside data set's events, kept from pretraining for tuning later: 200 of 952
@@ -34,6 +34,10 @@ def pretraining_part(events: Sequence[Event]) -> tuple[list[Event], list[Event]]
     return sorted(order[kept:], key=lambda e: e.id), sorted(order[:kept], key=lambda e: e.id)
 
 
+def _branch(language: str, seen: Seen) -> tuple[str, str]:
+    return prompts.policy_private(language, seen.profile), prompts.continuation(seen.text)
+
+
 class Past:
     """What every step of one real event could be told: its signals, and the population in words before and after it."""
 
@@ -44,6 +48,8 @@ class Past:
             Seen(name, i, a.agent.profile, a.text, row, a.popularity, a.parent)
             for i, (name, a, row) in enumerate(zip(action_ids(event.actions), event.actions, labels, strict=True))
         ]
+        # Label numbers of all actions, per dimension.
+        self.codes = {d: np.array([names.index(row[d]) for row in labels]) for d, names in DIMENSIONS.items()}
         history = History(batch)
         self.signals: list[dict[str, Signal | None]] = []
         self.population = [""]  # the exact empirical shares in words, at the start of each step
@@ -69,11 +75,32 @@ class Past:
         source = signal_of or self
         signal = source.signals[min(step, source.steps - 1)][kind]
         prefix = prompts.policy_shared(event.language, event.topic, self.posts(step), signal)
-        branches = tuple(
-            (prompts.policy_private(event.language, seen.profile), prompts.continuation(seen.text))
-            for seen in self.actions(step, width)
-        )
-        return Document(prefix, branches)
+        return Document(prefix, tuple(_branch(event.language, seen) for seen in self.actions(step, width)))
+
+    def reweighted(self, kind: str, width: int, rng: np.random.Generator) -> Document:
+        """A population that this event did not have: actions drawn so that a random dimension's shares are random, and a
+        signal of `kind` that tells of just that population.
+
+        Real populations differ too little from each other, for the same topic, to teach a small model within minutes that
+        the signal is worth reading.
+        """
+        event = self.event
+        counts = {d: np.bincount(codes, minlength=len(DIMENSIONS[d])) for d, codes in self.codes.items()}
+        varied = [d for d, n in counts.items() if np.count_nonzero(n) > 1]
+        weights = np.full(len(self.seen), 1 / len(self.seen))
+        if varied:
+            dimension = varied[int(rng.integers(len(varied)))]
+            present = np.flatnonzero(counts[dimension])
+            share = np.zeros(len(counts[dimension]))
+            share[present] = rng.dirichlet(np.full(len(present), 0.5)) / counts[dimension][present]
+            weights = share[self.codes[dimension]] / share[self.codes[dimension]].sum()
+        drawn = [self.seen[i] for i in rng.choice(len(weights), size=width + RECENT, p=weights)]
+        signal = Signal(kind, tuple(seen.text for seen in drawn[width:]))
+        if kind == "empirical":
+            population = {d: np.bincount(codes, weights, len(DIMENSIONS[d])) for d, codes in self.codes.items()}
+            signal = Signal("population", (verbalise(population, event.language),))
+        prefix = prompts.policy_shared(event.language, event.topic, [], signal)
+        return Document(prefix, tuple(_branch(event.language, seen) for seen in drawn[:width]))
 
     def mean_field(self, step: int, prior: bool) -> Document:
         """The summary after `step`, written by the verbaliser from counts; as the prior, neither topic nor history."""
@@ -95,6 +122,7 @@ class Mixture:
     prior: float = 0.1  # of the summaries
     signals: tuple[float, ...] = (0.12, 0.16, 0.16, 0.56)  # of the policy documents, in the order of KINDS
     shuffled: float = 0.0  # of the policy documents: the signal is another event's
+    reweighted: float = 0.4  # of the policy documents with a signal: see Past.reweighted
     width: int = 32  # actions a policy document, as far as they fit in its row
 
 
@@ -121,5 +149,7 @@ class Corpus:
         if rng.random() < mixture.summaries:
             return "mean-field", past.mean_field(step, prior=rng.random() < mixture.prior)
         kind = KINDS[int(rng.choice(len(KINDS), p=mixture.signals))]
+        if kind != "none" and rng.random() < mixture.reweighted:
+            return kind, past.reweighted(kind, mixture.width, rng)
         other = self.past(int(rng.integers(self.count))) if rng.random() < mixture.shuffled else None
         return kind, past.policy(step, kind, mixture.width, other)

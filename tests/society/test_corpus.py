@@ -53,8 +53,21 @@ def test_a_shuffled_document_keeps_all_but_the_signal(past):
     assert own.prefix != shuffled.prefix
 
 
+def test_a_reweighted_document_tells_of_the_population_it_shows(past):
+    """Over many actions, the shares a reweighted document states are those of its branches' labels."""
+    rng = np.random.default_rng(0)
+    for _ in range(6):
+        document = past.reweighted("empirical", 4000, rng)
+        stated = parse(document.prefix.splitlines()[-1].removeprefix("Population: "), "en")
+        acted = shares(ANNOTATE([text for _, text in document.branches], "en"))
+        for dimension, p in stated.items():
+            np.testing.assert_allclose(acted[dimension], p, atol=0.04)
+    recent = past.reweighted("recent", 3, rng)
+    assert recent.prefix.count("\n- ") == 5 and len(recent.branches) == 3
+
+
 def test_draws_are_a_pure_function_of_the_generator_and_follow_the_mixture():
-    mixture = Mixture(summaries=0.5, prior=0.5, signals=(0.0, 0.5, 0.0, 0.5), shuffled=0.5)
+    mixture = Mixture(summaries=0.5, prior=0.5, signals=(0.0, 0.5, 0.0, 0.5), shuffled=0.5, reweighted=0.2)
     draws = []
     for _ in range(2):
         corpus = Corpus(8, ANNOTATE, 10, mixture, lambda i: agora.event("pretrain", i))
