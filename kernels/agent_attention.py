@@ -11,13 +11,13 @@ bound by these bytes, so n agents gain up to n times.
 
 Notable in the fast path:
 - Agents are laid out as [worlds, agents a world], so the scores on all prefixes are one batched matrix product.
-- The two halves are joined without rescaling anything: a suffix enters the prefix's softmax as one more key, whose
-  score is the suffix's log-sum-exp and whose value is the suffix's attention output. That is exact.
+- Scores on prefix and suffix are laid side by side, for one softmax over both.
 - Unused slots may hold anything. Masked scores have probability exactly 0, so an unused value does harm only if it is
   not finite (0 * NaN): then, and only then, the result is computed again from cleaned copies.
 - What depends on lengths alone is a `Plan`; a model with many layers makes it once and passes it to each of them.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -72,7 +72,7 @@ class Piece:
     prefix: int  # keys in the longest of its prefixes
     slots: Tensor | None  # int64 [worlds * width]: which agent (counted in the piece) fills a slot; None: all in order
     back: Tensor | None  # int64 [agents]: the slot of each agent
-    hidden: Tensor | None  # bool, prefix keys not seen: broadcasts to [worlds, kv_heads, width, group, q_len, prefix]
+    mask: Tensor | None  # 0, or -inf on prefix keys not seen: broadcasts to [worlds, kv_heads, width, group, q_len, prefix]
 
 
 class Plan:
@@ -97,26 +97,33 @@ class Plan:
         if window is not None and len(of) and window >= prefix.max() + own.max():
             window = None
         row = own[:, None] - q_len + np.arange(q_len)
-        self.shape = (len(of), heads, q_len)
+        self.shape, self.device = (len(of), heads, q_len), device
+        self.prefix_slots, self.suffix_slots = (prefix, prefix_max), (own, suffix_max)
         self.padding = torch.from_numpy(row < 0).to(device)[:, None, :, None] if (row < 0).any() else None
         # A padding row sees its first slot, so that no softmax is over nothing; its result is thrown away.
         last, key = np.maximum(row, 0)[:, :, None], np.arange(suffix_max)
         hidden = key > last
         if window is not None:
             hidden |= key <= last - window
-        self.suffix_hidden = torch.from_numpy(hidden).to(device)[:, None, None] if hidden.any() else None
-        self.prefix_unused = torch.from_numpy(np.arange(prefix_max) >= prefix[:, None]).to(device)[:, None, :, None]
-        self.suffix_unused = torch.from_numpy(key >= own[:, None]).to(device)[:, None, :, None]
+        self.suffix_mask = self._mask(hidden[:, None, None])
         first = None if window is None else np.maximum(prefix[of][:, None] + row - window + 1, 0)  # first key seen
         counts = np.bincount(of, minlength=len(prefix))
         ends = np.cumsum(counts)
         runs = _runs(counts, prefix, heads * q_len, suffix_max)
-        self.pieces = [self._piece(run, counts, ends, prefix, first, device) for run in runs]
+        self.pieces = [self._piece(run, counts, ends, prefix, first) for run in runs]
 
-    @staticmethod
+    def _mask(self, hidden: np.ndarray) -> Tensor | None:
+        """What to add to scores, float32: -inf where hidden. None if nothing is."""
+        mask = np.where(hidden, np.float32(-np.inf), np.float32(0))
+        return torch.from_numpy(mask).to(self.device) if hidden.any() else None
+
+    def unused(self, slots: tuple[np.ndarray, int]) -> Tensor:
+        """bool [.., 1, slots, 1]: slots beyond the lengths; of `prefix_slots` or `suffix_slots`."""
+        return torch.from_numpy(np.arange(slots[1]) >= slots[0][:, None]).to(self.device)[:, None, :, None]
+
     def _piece(
-        run: tuple[int, int, int, int], counts: np.ndarray, ends: np.ndarray, prefix: np.ndarray,
-        first: np.ndarray | None, device: torch.device | str,
+        self, run: tuple[int, int, int, int], counts: np.ndarray, ends: np.ndarray, prefix: np.ndarray,
+        first: np.ndarray | None,
     ) -> Piece:  # fmt: skip
         start, stop, skip, take = run
         begin = ends[start] - counts[start] + skip
@@ -124,19 +131,16 @@ class Plan:
         sizes = np.array([take]) if take else counts[start:stop]
         lengths, width = prefix[start:stop], int(sizes.max())
         longest = int(lengths.max())
-        slots = back = hidden = None
+        slots = back = None
         agent = np.minimum((np.cumsum(sizes) - sizes)[:, None] + np.arange(width), sizes.sum() - 1).ravel()
         if (sizes != width).any():
-            back = torch.from_numpy(np.flatnonzero((np.arange(width) < sizes[:, None]).ravel())).to(device)
-            slots = torch.from_numpy(agent).to(device)
+            back = torch.from_numpy(np.flatnonzero((np.arange(width) < sizes[:, None]).ravel())).to(self.device)
+            slots = torch.from_numpy(agent).to(self.device)
         key = np.arange(longest)
-        if (lengths != longest).any():
-            hidden = (key >= lengths[:, None])[:, None, None, None, None]
+        hidden = (key >= lengths[:, None])[:, None, None, None, None]
         if first is not None and (first[begin:end] > 0).any():
-            early = key < first[begin:end][agent].reshape(len(sizes), 1, width, 1, -1, 1)
-            hidden = early if hidden is None else early | hidden
-        hidden = None if hidden is None else torch.from_numpy(hidden).to(device)
-        return Piece(slice(int(begin), int(end)), slice(start, stop), width, longest, slots, back, hidden)
+            hidden = hidden | (key < first[begin:end][agent].reshape(len(sizes), 1, width, 1, -1, 1))
+        return Piece(slice(int(begin), int(end)), slice(start, stop), width, longest, slots, back, self._mask(hidden))
 
 
 def _runs(counts: np.ndarray, prefix: np.ndarray, rows: int, suffix: int) -> list[tuple[int, int, int, int]]:
@@ -193,7 +197,7 @@ def agent_attention(
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         return _grouped(*_clean(tensors, plan), plan).to(q.dtype)
     out = _grouped(*tensors, plan)
-    if not out.sum().isfinite():
+    if not math.isfinite(out.sum()):
         out = _grouped(*_clean(tensors, plan), plan)
     return out.to(q.dtype)
 
@@ -202,47 +206,42 @@ def _clean(tensors: list[Tensor], plan: Plan) -> list[Tensor]:
     """The same tensors with 0 in padding rows and unused slots."""
     q, prefix_k, prefix_v, suffix_k, suffix_v = tensors
     q = q if plan.padding is None else q.masked_fill(plan.padding, 0)
-    prefix = [x.masked_fill(plan.prefix_unused, 0) for x in (prefix_k, prefix_v)]
-    return [q, *prefix, *(x.masked_fill(plan.suffix_unused, 0) for x in (suffix_k, suffix_v))]
+    before, own = plan.unused(plan.prefix_slots), plan.unused(plan.suffix_slots)
+    return [q, *(x.masked_fill(before, 0) for x in (prefix_k, prefix_v)),
+            *(x.masked_fill(own, 0) for x in (suffix_k, suffix_v))]  # fmt: skip
 
 
 def _grouped(q: Tensor, prefix_k: Tensor, prefix_v: Tensor, suffix_k: Tensor, suffix_v: Tensor, plan: Plan) -> Tensor:
     """The fast path, piece by piece."""
-    agents, heads, q_len, head_dim = q.shape
-    kv_heads = suffix_k.shape[1]
-    rows = (q * head_dim**-0.5).reshape(agents, kv_heads, -1, head_dim)  # a key head's queries: group * q_len rows
+    agents, _, q_len, head_dim = q.shape
+    rows = (q * head_dim**-0.5).reshape(agents, suffix_k.shape[1], -1, head_dim)  # a key head's queries: group * q_len
     done = []
     for piece in plan.pieces:
-        own, mine = piece.agents, rows[piece.agents]
-        scores = mine @ suffix_k[own].transpose(2, 3)
-        if plan.suffix_hidden is not None:
-            scores = scores.unflatten(2, (-1, q_len)).masked_fill(plan.suffix_hidden[own], -torch.inf).flatten(2, 3)
-        out = scores.softmax(dim=-1) @ suffix_v[own]
-        if piece.prefix:
-            mass = scores.logsumexp(dim=-1, keepdim=True)
-            out = _with_prefix(mine, out, mass, prefix_k[piece.worlds], prefix_v[piece.worlds], piece, q_len)
-        done.append(out)
+        some, worlds, prefix = piece.agents, piece.worlds, piece.prefix
+        own = rows[some] @ suffix_k[some].transpose(2, 3)
+        if plan.suffix_mask is not None:
+            own.unflatten(2, (-1, q_len)).add_(plan.suffix_mask[some])
+        if not prefix:
+            done.append(own.softmax(dim=-1) @ suffix_v[some])
+            continue
+        shared = _by_world(rows[some], piece) @ prefix_k[worlds, :, :prefix].transpose(2, 3)
+        if piece.mask is not None:
+            shared.unflatten(2, (piece.width, -1, q_len)).add_(piece.mask)
+        shares = torch.cat((shared, _by_world(own, piece)), dim=-1).softmax(dim=-1)
+        shared = shares[..., :prefix] @ prefix_v[worlds, :, :prefix]
+        own = _by_agent(shares[..., prefix:], piece) @ suffix_v[some]
+        done.append(_by_agent(shared, piece) + own)
     out = (done[0] if len(done) == 1 else torch.cat(done)).reshape(q.shape)
     return out if plan.padding is None else out.masked_fill(plan.padding, 0)
 
 
-def _with_prefix(
-    rows: Tensor, own: Tensor, mass: Tensor, k: Tensor, v: Tensor, piece: Piece, q_len: int
-) -> Tensor:  # fmt: skip
-    """Join rows' attention over their prefix with `own` [agents, kv_heads, rows, head_dim], their attention over their
-    suffix, whose scores' log-sum-exp is `mass` [agents, kv_heads, rows, 1]."""
-    k, v = k[:, :, : piece.prefix], v[:, :, : piece.prefix]
-    worlds, count = k.shape[0], rows.shape[2]
+def _by_world(x: Tensor, piece: Piece) -> Tensor:
+    """[agents, kv_heads, rows, n] -> [worlds, kv_heads, width * rows, n]"""
+    x = x if piece.slots is None else x[piece.slots]
+    return x.unflatten(0, (-1, piece.width)).transpose(1, 2).flatten(2, 3)
 
-    def by_world(x: Tensor) -> Tensor:  # [agents, kv_heads, rows, n] -> [worlds, kv_heads, width * rows, n]
-        x = x if piece.slots is None else x[piece.slots]
-        return x.unflatten(0, (worlds, piece.width)).transpose(1, 2).flatten(2, 3)
 
-    scores = by_world(rows) @ k.transpose(2, 3)
-    if piece.hidden is not None:
-        shape = (piece.width, count // q_len, q_len)
-        scores = scores.unflatten(2, shape).masked_fill(piece.hidden, -torch.inf).flatten(2, 4)
-    shares = torch.cat((scores, by_world(mass)), dim=-1).softmax(dim=-1)
-    out = shares[..., :-1] @ v + shares[..., -1:] * by_world(own)
-    out = out.unflatten(2, (piece.width, count)).transpose(1, 2).flatten(0, 1)
-    return out if piece.back is None else out[piece.back]
+def _by_agent(x: Tensor, piece: Piece) -> Tensor:
+    """[worlds, kv_heads, width * rows, n] -> [agents, kv_heads, rows, n]"""
+    x = x.unflatten(2, (piece.width, -1)).transpose(1, 2).flatten(0, 1)
+    return x if piece.back is None else x[piece.back]
