@@ -43,7 +43,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        return self.weight * F.rms_norm(wide, wide.shape[-1:], eps=self.eps).to(x.dtype)
 
 
 def rope_frequencies(config: Config) -> Tensor:
@@ -61,10 +61,10 @@ def rope_frequencies(config: Config) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE on x [batch, heads, time, head_dim] with cos, sin [batch or 1, 1, time, head_dim]: dimension i turns with
-    dimension i + head_dim / 2."""
+    """RoPE on x [batch, heads, time, head_dim]: dimension i turns with dimension i + head_dim / 2. cos and sin
+    [batch or 1, 1, time, head_dim]; the first half of sin is negated."""
     left, right = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-right, left), dim=-1) * sin
+    return x * cos + torch.cat((right, left), dim=-1) * sin
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
@@ -91,12 +91,18 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
             self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend | None) -> Tensor:
-        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend | None, wanted: Tensor | None = None
+    ) -> Tensor:  # fmt: skip
+        k, v = self.k_proj(x).unflatten(-1, (-1, self.head_dim)), self.v_proj(x).unflatten(-1, (-1, self.head_dim))
+        x = x if wanted is None else x[:, wanted]
+        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        q, k = (rotate(x, cos, sin).to(v.dtype) for x in (q, k))  # under autocast norms and angles are wider than v
+        k = rotate(k, cos, sin).to(v.dtype)  # under autocast norms and angles are wider than v
+        cos, sin = (cos, sin) if wanted is None else (cos[..., wanted, :], sin[..., wanted, :])
+        q = rotate(q, cos, sin).to(v.dtype)
         out = causal_attention(q, k, v, self.window) if attend is None else attend(self.layer, q, k, v)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
@@ -122,8 +128,11 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend | None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend | None, wanted: Tensor | None = None
+    ) -> Tensor:  # fmt: skip
+        mixed = self.self_attn(self.input_layernorm(x), cos, sin, attend, wanted)
+        x = (x if wanted is None else x[:, wanted]) + mixed
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -160,7 +169,9 @@ class Backbone(nn.Module):
         """Next-token logits [batch, time, vocab] in the model's dtype; arguments as in `hidden`."""
         return self.logits(self.hidden(ids, positions, attend))
 
-    def hidden(self, ids: Tensor, positions: Tensor | None = None, attend: Attend | None = None) -> Tensor:
+    def hidden(
+        self, ids: Tensor, positions: Tensor | None = None, attend: Attend | None = None, wanted: Tensor | None = None
+    ) -> Tensor:  # fmt: skip
         """ids int64 [batch, time] -> final hidden states [batch, time, dim], after the last norm.
 
         positions: int64 [batch, time] or [time], default 0, 1, ...; they only turn queries and keys (RoPE).
@@ -168,18 +179,21 @@ class Backbone(nn.Module):
             [batch, kv_heads, time, head_dim], all after bias, q/k norm and RoPE; returns the attention output, in the
             shape of q, with scale head_dim**-0.5. The layer's window (`config.windows[layer]`) is then the caller's
             business. Default: causal attention within each sequence, with that window.
+        wanted: int64 [n], the places in `time` whose hidden states are asked for, all by default. Only with `attend`:
+            the last layer computes nothing but keys and values elsewhere, and its q is [batch, heads, n, head_dim].
         """
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device)
         if self._frequencies.device != ids.device:
             self._frequencies = self._frequencies.to(ids.device)
-        angles = positions[..., None].float() * self._frequencies
-        angles = torch.cat((angles, angles), dim=-1).unsqueeze(-3)  # [batch or nothing, heads = 1, time, head_dim]
+        angles = (positions[..., None].float() * self._frequencies).unsqueeze(-3)  # [batch or nothing, 1, time, half]
         x = self.model.embed_tokens(ids)
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-        for layer in self.model.layers:
+        cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+        *layers, last = self.model.layers
+        for layer in layers:
             x = layer(x, cos, sin, attend)
-        return self.model.norm(x)
+        return self.model.norm(last(x, cos, sin, attend, wanted))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The head applied to hidden states [..., dim] -> [..., vocab]."""

@@ -241,7 +241,8 @@ class LanguageModel:
             cache_k[layer, some, :, : k.shape[2]] = k
             cache_v[layer, some, :, : v.shape[2]] = v
 
-        hidden = torch.cat([h[rows.last] for _, rows, h in run_suffixes(self.backbone, inputs, world, prefixes, store)])
+        ones = np.ones(len(prompts), dtype=np.int64)
+        hidden = torch.cat([h for _, h in run_suffixes(self.backbone, inputs, ones, world, prefixes, store)])
         tokens = np.zeros((len(prompts), max_new_tokens), dtype=np.int64)
         counts = np.zeros(len(prompts), dtype=np.int64)  # tokens of text, per agent
         limits = np.minimum(max_new_tokens, config.max_positions + 1 - np.array([len(row) for row in prompts]))
@@ -305,13 +306,11 @@ class LanguageModel:
         own = [ids[agents[i][0]][len(chunk[agents[i][1]].prefix) :] for i in scored]
         inputs = [prompt + target[:-1] for prompt, target in zip(own, wanted, strict=True)]
         world = np.array([agents[i][1] for i in scored])
-        for some, rows, hidden in run_suffixes(self.backbone, inputs, world, prefixes):
-            sizes = np.array([len(target) for target in wanted[some]])
-            ends = rows.last.cpu().numpy() + 1
-            at = np.concatenate([np.arange(end - size, end) for end, size in zip(ends, sizes, strict=True)])
+        sizes = np.array([len(target) for target in wanted])
+        rows_a_time = max(1, LOGITS // 4 // config.vocab_size)
+        for some, hidden in run_suffixes(self.backbone, inputs, sizes, world, prefixes):
             target = torch.tensor(np.concatenate(wanted[some]), device=device)
-            agent = torch.from_numpy(np.repeat(np.array(scored[some]), sizes)).to(device)
-            hidden, rows_a_time = hidden[torch.from_numpy(at).to(device)], max(1, LOGITS // 4 // config.vocab_size)
+            agent = torch.from_numpy(np.repeat(np.array(scored[some]), sizes[some])).to(device)
             for piece, goal, whose in zip(*(x.split(rows_a_time) for x in (hidden, target, agent)), strict=True):
                 if piece.requires_grad and not adapted:  # logits are made again in the backward pass rather than kept
                     value = checkpoint(self._token_log_prob, piece, goal, use_reentrant=False)

@@ -4,7 +4,7 @@ Notable: rows of different lengths are packed end to end for the linear layers, 
 attention alone. All of this is differentiable; a prefix's keys and values carry the gradients of all its agents.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.agent_attention import Plan, agent_attention
-from mfllm_ref.lm.backbone import Backbone, causal_attention
+from mfllm_ref.lm.backbone import Attend, Backbone, causal_attention
 
 PACKED = 4096  # tokens in one forward pass over packed rows
 
@@ -71,32 +71,23 @@ class Attention:
         )  # fmt: skip
 
 
-class Rows:
-    """Token rows of different lengths, packed end to end: ids and positions [1, tokens].
+class Packing:
+    """Rows of different lengths, packed end to end.
 
     `pad` lays packed [1, heads, tokens, d] out as [rows, heads, longest, d], by `left` (a row begins in the first slot)
     or `right` (it ends in the last), with some token's numbers in surplus slots. `pack` undoes it, by `from_left` or
-    `from_right`. `last` is each row's last token among the packed ones.
+    `from_right`.
     """
 
-    def __init__(self, rows: list[list[int]], starts: Sequence[int] | np.ndarray, device: torch.device) -> None:
-        self.lengths = np.array([len(row) for row in rows])
-        self.longest = int(self.lengths.max())
-        ends = np.cumsum(self.lengths)
-        begins, sizes, slots = (ends - self.lengths)[:, None], self.lengths[:, None], np.arange(self.longest)
-        positions = np.arange(ends[-1]) - np.repeat(begins[:, 0] - np.asarray(starts), self.lengths)
-        blank = self.longest - sizes
-
-        def index(array: np.ndarray) -> Tensor:
-            return torch.from_numpy(array).to(device)
-
-        self.ids = index(np.array([[id for row in rows for id in row]], dtype=np.int64))
-        self.positions = index(positions[None])
-        self.left = index(begins + np.minimum(slots, sizes - 1).clip(0)).clamp(max=max(0, int(ends[-1]) - 1))
-        self.right = index(begins + np.maximum(slots - blank, 0))
-        self.from_left = index(np.flatnonzero(slots < sizes))
-        self.from_right = index(np.flatnonzero(slots >= blank))
-        self.last = index(ends - 1)
+    def __init__(self, lengths: np.ndarray, device: torch.device) -> None:
+        self.lengths, self.longest, self.ends = lengths, int(lengths.max()), np.cumsum(lengths)
+        sizes, slots = lengths[:, None], np.arange(self.longest)
+        begins, blank = self.ends[:, None] - sizes, self.longest - sizes
+        left = np.minimum(begins + np.minimum(slots, sizes - 1).clip(0), max(0, self.ends[-1] - 1))
+        right = begins + np.maximum(slots - blank, 0)
+        self.left, self.right = (torch.from_numpy(index).to(device) for index in (left, right))
+        self.from_left = torch.from_numpy(np.flatnonzero(slots < sizes)).to(device)
+        self.from_right = torch.from_numpy(np.flatnonzero(slots >= blank)).to(device)
 
     def pad(self, x: Tensor, index: Tensor) -> Tensor:
         return x[0].transpose(0, 1)[index].transpose(1, 2)
@@ -105,7 +96,18 @@ class Rows:
         return x.transpose(1, 2).flatten(0, 1)[index].transpose(0, 1)[None]
 
 
-def _batches(lengths: Sequence[int]) -> list[slice]:
+def _run(
+    backbone: Backbone, rows: list[list[int]], packing: Packing, starts: np.ndarray, attend: Attend, wanted: np.ndarray
+) -> Tensor:  # fmt: skip
+    """Hidden states [wanted, dim] of packed rows whose first tokens stand at positions `starts`."""
+    device = backbone.lm_head.weight.device
+    ids = np.array([[id for row in rows for id in row]], dtype=np.int64)
+    positions = np.arange(ids.shape[1]) - np.repeat(packing.ends - packing.lengths - starts, packing.lengths)
+    ids, positions, wanted = (torch.from_numpy(x).to(device) for x in (ids, positions[None], wanted))
+    return backbone.hidden(ids, positions, attend, wanted)[0]
+
+
+def _batches(lengths: np.ndarray) -> list[slice]:
     """Neighbouring rows, cut where a batch would pass PACKED tokens."""
     cuts, total = [0], 0
     for i, length in enumerate(lengths):
@@ -127,48 +129,59 @@ def common_prefix(rows: list[list[int]]) -> list[int]:
 def run_prefixes(backbone: Backbone, chunk: list[World]) -> Prefixes:
     """Keys and values of each world's prefix, for every layer."""
     config, device = backbone.config, backbone.lm_head.weight.device
-    longest = max(len(world.prefix) for world in chunk)
     parts: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(config.layers)]
 
-    for some in _batches([len(world.prefix) for world in chunk]):
-        rows = Rows([world.prefix for world in chunk[some]], [0] * len(chunk[some]), device)
+    lengths = np.array([len(world.prefix) for world in chunk])
+    longest = int(lengths.max())
+    for some in _batches(lengths):
+        packing = Packing(lengths[some], device)
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, rows: Rows = rows) -> Tensor:
-            q, k, v = (rows.pad(x, rows.left) for x in (q, k, v))
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, packing: Packing = packing) -> Tensor:
+            k, v = packing.pad(k, packing.left), packing.pad(v, packing.left)
             parts[layer].append(tuple(F.pad(x, (0, 0, 0, longest - x.shape[2])) for x in (k, v)))
-            return rows.pack(causal_attention(q, k, v, config.windows[layer]), rows.from_left)
+            if q.shape[2] == 0:  # the last layer: nothing is asked of a prefix but its keys and values
+                return q
+            out = causal_attention(packing.pad(q, packing.left), k, v, config.windows[layer])
+            return packing.pack(out, packing.from_left)
 
-        backbone.hidden(rows.ids, rows.positions, attend)
+        rows = [world.prefix for world in chunk[some]]
+        _run(backbone, rows, packing, np.zeros(len(rows), dtype=np.int64), attend, np.zeros(0, dtype=np.int64))
     k, v = ([torch.cat([part[i] for part in layer]) for layer in parts] for i in (0, 1))
-    return Prefixes(k, v, torch.tensor([len(world.prefix) for world in chunk], dtype=torch.int32))
+    return Prefixes(k, v, torch.from_numpy(lengths.astype(np.int32)))
 
 
 def run_suffixes(
-    backbone: Backbone, inputs: list[list[int]], world: np.ndarray, prefixes: Prefixes,
+    backbone: Backbone, inputs: list[list[int]], tails: np.ndarray, world: np.ndarray, prefixes: Prefixes,
     store: Callable[[int, slice, Tensor, Tensor], None] | None = None,
-) -> Iterator[tuple[slice, Rows, Tensor]]:  # fmt: skip
-    """Run the agents' own tokens `inputs` on top of their worlds' prefixes, a batch at a time: (which agents, their
-    packing, final hidden states [tokens, dim]). world [agents], non-decreasing. store(layer, agents, k, v) is given
-    each batch's keys and values, [agents, kv_heads, longest, head_dim]."""
-    config, device = backbone.config, backbone.lm_head.weight.device
-    starts = prefixes.lengths.numpy()[world]
-    for some in _batches([len(row) for row in inputs]):
-        rows = Rows(inputs[some], starts[some], device)
+) -> Iterator[tuple[slice, Tensor]]:  # fmt: skip
+    """Run the agents' own tokens `inputs` on top of their worlds' prefixes, a batch at a time: (which agents, final
+    hidden states of the last `tails` tokens of each, packed: [sum of tails, dim]). world [agents], non-decreasing.
+    store(layer, agents, k, v) is given each batch's keys and values, [agents, kv_heads, longest, head_dim]."""
+    device, last = backbone.lm_head.weight.device, backbone.config.layers - 1
+    starts = prefixes.lengths.numpy()[world].astype(np.int64)
+    lengths = np.array([len(row) for row in inputs])
+    for some in _batches(lengths):
+        packing, tail = Packing(lengths[some], device), Packing(tails[some], device)
         of = world[some]
         near = slice(int(of[0]), int(of[-1]) + 1)
         local = Prefixes([k[near] for k in prefixes.k], [v[near] for v in prefixes.v], prefixes.lengths[near])
-        attention = Attention(backbone, local, rows.lengths, of - of[0], rows.longest, rows.longest)
+        whole, part = (
+            Attention(backbone, local, packing.lengths, of - of[0], queries.longest, packing.longest)
+            for queries in (packing, tail)
+        )
 
         def attend(
-            layer: int, q: Tensor, k: Tensor, v: Tensor,
-            rows: Rows = rows, some: slice = some, attention: Attention = attention,
+            layer: int, q: Tensor, k: Tensor, v: Tensor, some: slice = some, keys: Packing = packing,
+            tail: Packing = tail, whole: Attention = whole, part: Attention = part,
         ) -> Tensor:  # fmt: skip
-            q, k, v = rows.pad(q, rows.right), rows.pad(k, rows.left), rows.pad(v, rows.left)
+            k, v = keys.pad(k, keys.left), keys.pad(v, keys.left)
             if store is not None:
                 store(layer, some, k, v)
-            return rows.pack(attention(layer, q, k, v), rows.from_right)
+            queries, attention = (tail, part) if layer == last else (keys, whole)
+            return queries.pack(attention(layer, queries.pad(q, queries.right), k, v), queries.from_right)
 
-        yield some, rows, backbone.hidden(rows.ids, rows.positions, attend)[0]
+        wanted = np.repeat(packing.ends - tail.ends, tail.lengths) + np.arange(tail.ends[-1])
+        yield some, _run(backbone, inputs[some], packing, starts[some], attend, wanted)
 
 
 def run_step(
