@@ -39,7 +39,7 @@ def parser() -> doors.Parser:
     what.add_argument("--batch", type=doors.positive, default=10, metavar="B", help="agents a step (default: 10)")
     what.add_argument("--warmup", type=doors.natural, default=50, metavar="W", help="first W actions are the real "
                       "ones, the rest is simulated (default: 50)")  # fmt: skip
-    what.add_argument("--seeds", type=doors.positive, default=1, metavar="R", help="roll each event out R times "
+    what.add_argument("--seeds", type=doors.whole(1, 1000), default=1, metavar="R", help="roll each event out R times "
                       "(default: 1)")  # fmt: skip
     what.add_argument("--intervene", type=Path, metavar="FILE", help='insert actions: a JSON list of {"step": t, '
                       '"actions": [{"profile": "...", "text": "..."}]}; the effect is measured against the same seeds '
@@ -94,6 +94,9 @@ def main() -> None:
     lm = LanguageModel.load(backbone, device=str(device), dtype=dtype)
     for name, path in adapters.items():
         lm.load_adapter(name, path)
+    if max(tokens) >= lm.backbone.config.max_positions:
+        where = f"{backbone} has {lm.backbone.config.max_positions} positions"
+        raise doors.InputError(f"--action-tokens {tokens[0]} and --summary-tokens {tokens[1]}: {where}, prompt included")
     if args.chat:
         lm.tokenizer.chat([{"role": "user", "content": "?"}])  # refuses a checkpoint without a template
     annotate = LMAnnotator(lm) if args.annotator == "lm" else RuleAnnotator()

@@ -56,8 +56,10 @@ def find_adapters(folder: Path | None, given: Mapping[str, Path | None]) -> dict
     found = {}
     for name in dict.fromkeys(name for m in METHODS.values() for name in (m.policy, m.mean_field) if name):
         path = given.get(name) or (folder / name if folder else None)
-        if path is not None and (given.get(name) or (path / "adapter_config.json").exists()):
+        if path is not None and (path / "adapter_config.json").is_file():
             found[name] = path
+        elif given.get(name):  # refused even where no method asks for it
+            raise InputError(f"--{name}-adapter {path}: holds no adapter_config.json")
     return found
 
 
@@ -104,11 +106,6 @@ def read_intervention(path: Path, events: Sequence[Event], settings: Settings) -
     return out
 
 
-def spoken(worlds: Sequence[World], settings: Settings) -> int:
-    """How many actions the language model writes in these worlds."""
-    return sum(horizon(w.event, settings) - settings.warmup for w in worlds if not w.method.resamples)
-
-
 def roll_out(
     run: Run, suffix: str, lm: LanguageModel, worlds: Sequence[World], settings: Settings, annotate: Annotator,
     intervention: Intervention | None, likelihood: bool, progress: bool,
@@ -125,8 +122,8 @@ def roll_out(
         file.keep(rows)
     done = Rows(*(list(file.rows()) for file in files))
     written, started = 0, time.perf_counter()
-    total, initial = spoken(worlds, settings), _spoken(done.trajectory)
-    with tqdm(total=total, initial=initial, unit="action", disable=not progress, smoothing=0) as bar:
+    total = sum(horizon(w.event, settings) - settings.warmup for w in worlds if not w.method.resamples)
+    with tqdm(total=total, initial=_spoken(done.trajectory), unit="action", disable=not progress, smoothing=0) as bar:
         for rows in rollout(lm, worlds, settings, annotate, intervention, done, likelihood):
             # The trajectory last: a step is complete only when it is.
             for file, new in reversed(list(zip(files, (rows.trajectory, rows.mean_field, rows.likelihood)))):
@@ -158,13 +155,14 @@ def _continued(
         yield annotate(texts, event.language)
 
 
-def floors(events: Sequence[Event], settings: Settings, annotate: Annotator) -> dict[str, dict[str, float]]:
-    """The floor of built-in events, {event: {dimension: KL}}: their true process against continuations of itself."""
+def floors(events: Sequence[Event], settings: Settings, annotate: Annotator) -> dict[str, np.ndarray]:
+    """The floor of built-in events, {event: KL [dimensions]}: their true process against continuations of itself."""
     out = {}
     for event in events:
-        real = annotate([a.text for a in event.actions[settings.warmup : horizon(event, settings)]], event.language)
-        values = [metrics.kl_between(real, other) for other in _continued(event, settings, annotate)]
-        out[event.id] = {name: float(np.mean([value[name] for value in values])) for name in values[0]}
+        texts = [action.text for action in event.actions[settings.warmup : horizon(event, settings)]]
+        real = metrics.encode(annotate(texts, event.language))
+        others = map(metrics.encode, _continued(event, settings, annotate))
+        out[event.id] = np.mean([metrics.kl_between(real, other) for other in others], axis=0)
     return out
 
 
@@ -180,7 +178,7 @@ def effect(
     out = {"from_step": start, "effect": metrics.intervention_effect(*files, from_step=start), "true_effect": None}
     if events is None:
         return {**out, "note": "true_effect is null: the true process of these events is not known"}
-    items = [
+    inserted = [
         {"step": step, "actions": [{"profile": profile, "text": text} for profile, text in actions]}
         for step, actions in intervention.items()
     ]
@@ -192,7 +190,7 @@ def effect(
                     yield {"event": event.id, "method": "truth", "seed": seed, "step": index // settings.batch,
                            "index": index, "phase": "rollout", "labels": row, "real_labels": row}  # fmt: skip
 
-    true = metrics.intervention_effect(rows(items), rows(None), from_step=start)
+    true = metrics.intervention_effect(rows(inserted), rows(None), from_step=start)
     return {**out, "true_effect": true["truth"]}
 
 
