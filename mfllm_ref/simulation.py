@@ -18,7 +18,7 @@ from mfllm_ref.lm import LanguageModel
 from mfllm_ref.runs import Run, read_json_lines
 from mfllm_ref.society import agora
 from mfllm_ref.society.events import Event
-from mfllm_ref.society.fields import list_field, parse_json, read_text, text_field
+from mfllm_ref.society.fields import a_list, read_json, text_field
 from mfllm_ref.society.readers import load_events
 from mfllm_ref.society.rollout import (
     METHODS, Annotator, Intervention, Method, Rows, Settings, World, complete_steps, horizon, rollout,
@@ -85,7 +85,7 @@ def choose_methods(names: str | None, adapters: Mapping[str, Path], warmup: int)
 
 def read_intervention(path: Path, events: Sequence[Event], settings: Settings) -> dict[int, list[tuple[str, str]]]:
     """Inserted actions by step, (profile, text) each, from the JSON of DESIGN section 3. InputError names the fault."""
-    items = parse_json(read_text(path), str(path))
+    items = read_json(path)
     if not isinstance(items, list) or not items:
         raise InputError(f'{path}: must be a list of {{"step", "actions"}}, with at least one')
     steps = max(-(-horizon(event, settings) // settings.batch) for event in events)
@@ -97,7 +97,7 @@ def read_intervention(path: Path, events: Sequence[Event], settings: Settings) -
         step = item["step"]
         if type(step) is not int or not 0 <= step < steps - 1:
             raise InputError(f"{where}: 'step' must be a whole number from 0 to {steps - 2}, so that a step follows")
-        for action in list_field(item, "actions", where):
+        for action in a_list(item["actions"], where, "'actions'"):
             if not isinstance(action, dict) or set(action) != {"profile", "text"}:
                 raise InputError(f'{where}: an action must be an object with "profile" and "text"')
             out.setdefault(step, []).append((text_field(action, "profile", where), text_field(action, "text", where)))
