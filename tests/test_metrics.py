@@ -14,6 +14,8 @@ from sklearn.metrics import f1_score
 
 from mfllm_ref import metrics
 from mfllm_ref.metrics import dtw, f1, kl_divergence, total_variation, wasserstein
+from mfllm_ref.society import agora
+from mfllm_ref.society.annotate import annotate
 from mfllm_ref.society.events import DIMENSIONS
 
 quick = settings(derandomize=True, deadline=None, max_examples=60)
@@ -326,6 +328,38 @@ def test_split_half_floor_is_the_kl_of_sampling_alone():
         whole.append(metrics.kl_between(real, other)[stance])
     assert np.mean(half) == pytest.approx(2 / 100, rel=0.2)
     assert np.mean(whole) == pytest.approx(2 / 100, rel=0.2)
+
+
+def redrawn(here, stances, seed):
+    """Label codes of the actions after the warm-up, each drawn again by the same agent who saw the same opinion."""
+    noise = agora.generator(here.id, "redrawn", seed).random((agora.ACTIONS, agora.NOISE))
+    actions = []
+    for start in range(agora.WARMUP, agora.ACTIONS, agora.UPDATE):
+        opinion, pending = agora.listen(here, here.first_opinion, stances[:start])
+        actions += agora.proceed(here, start, opinion, pending, noise[start:], start + agora.UPDATE)
+    return coded(actions)
+
+
+def coded(actions):
+    return metrics.encode(annotate(action.text, "en") for action in actions)
+
+
+def test_the_split_half_rule_holds_on_agora():
+    """Where the true probabilities of every action are known, two draws from them differ by what split halves say.
+
+    The floor of a known process is higher, never lower: a second continuation also drifts away from the first.
+    """
+    half, whole, floor = [], [], []
+    for index in range(14):  # each domain twice
+        event, here = agora.event("dev", index), agora.world("dev", index)
+        stances = [agora.STANCES.index(action.labels["stance"]) for action in event.actions]
+        real = coded(event.actions[agora.WARMUP :])
+        half.append(metrics.split_half_floor(real, index))
+        whole += [metrics.kl_between(redrawn(here, stances, k), redrawn(here, stances, k + 1)) for k in (0, 2)]
+        others = (agora.true_rollout(event, agora.WARMUP, None, seed)[agora.WARMUP :] for seed in (0, 1))
+        floor += [metrics.kl_between(real, coded(other)) for other in others]
+    assert np.mean(half) == pytest.approx(np.mean(whole), rel=0.15)
+    assert np.mean(floor) > 1.2 * np.mean(half)
 
 
 def test_an_events_floor_does_not_depend_on_the_other_events(society):
