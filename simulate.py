@@ -7,6 +7,7 @@
 """
 
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -111,10 +112,9 @@ def main() -> None:
     record = {
         "settings": {
             "command": "simulate.py", "events": [event.id for event in events], "methods": [m.name for m in methods],
-            "agents": args.agents, "batch": args.batch, "warmup": args.warmup, "seed": args.seed, "seeds": args.seeds,
-            "intervene": args.intervene is not None, "chat": args.chat, "summary_tokens": args.summary_tokens,
-            "action_tokens": args.action_tokens, "annotator": args.annotator, "device": device.type,
-            "dtype": str(dtype).removeprefix("torch."), "threads": threads,
+            **dataclasses.asdict(settings), "seeds": args.seeds, "intervene": args.intervene is not None,
+            "annotator": args.annotator, "device": device.type, "dtype": str(dtype).removeprefix("torch."),
+            "threads": threads,
         },
         "paths": {"backbone": str(backbone), "data": str(args.data or "built-in"), "adapters": str(folder or "none")},
         "seeds": seeds, "threads": threads, **origin,
@@ -131,12 +131,12 @@ def main() -> None:
         if intervention:
             more = simulation.roll_out(run, "-without", *common, None, likelihood=False, progress=show)
             written, seconds = written + more[0], seconds + more[1]
+        known = events if args.data is None and args.warmup else None  # those whose true process can go on
+        floors = simulation.floors(known or (), settings, annotate)
         likelihood = simulation.nll(runs.read_json_lines(out / "likelihood.jsonl"))
-        floors = simulation.floors(events, settings, annotate) if args.data is None and args.warmup else None
         labels = metrics.collect(runs.read_json_lines(out / "trajectory.jsonl"))
         result = metrics.evaluate(labels, {event.id: event.domain for event in events}, floors, likelihood)
         if intervention:
-            known = events if args.data is None and args.warmup else None
             result["intervention"] = simulation.effect(run, known, settings, annotate, intervention)
         runs.write_json(out / "metrics.json", result)
         report.figure(labels, result, out / "report.png")

@@ -264,8 +264,8 @@ def paired_bootstrap(a: Mapping[str, float], b: Mapping[str, float]) -> dict:
 def evaluate(
     worlds: Worlds,
     domains: Mapping[str, str],
-    floors: Mapping[str, np.ndarray] | None = None,
-    nll: Mapping[str, float] | None = None,
+    floors: Mapping[str, np.ndarray] = {},
+    nll: Mapping[str, float] = {},
 ) -> dict:
     """What metrics.json holds (DESIGN section 3), from what `collect` made of trajectory rows.
 
@@ -294,7 +294,7 @@ def evaluate(
     for row, (event, real) in enumerate(reals.items()):
         # seeded by the event's own name, so that its floor does not depend on which other events are there
         by_name = zlib.crc32(event.encode("utf-8", "surrogatepass"))
-        floor[row] = floors[event] if floors and event in floors else split_half_floor(real, (0, by_name))
+        floor[row] = floors[event] if event in floors else split_half_floor(real, (0, by_name))
 
     pooled = label_shares(np.concatenate(list(reals.values())))[0]
     entropy = np.log(_SIZES) - _kl(pooled, _IS_LABEL / _SIZES[:, None])  # log(labels) less the distance from uniform
@@ -318,7 +318,7 @@ def evaluate(
     table: dict[str, dict] = {}
     for row, method in enumerate(methods):
         values = {measure: by_dimension(scores[row, :, column]) for column, measure in enumerate(MEASURES)}
-        table[method] = {"kl": values.pop("kl"), "kl_ci95": intervals[row], **values, "nll": (nll or {}).get(method)}
+        table[method] = {"kl": values.pop("kl"), "kl_ci95": intervals[row], **values, "nll": nll.get(method)}
         if table[method]["nll"] is None:
             notes[f"nll.{method}"] = "null: the method has no language model, or none was scored"
 
@@ -347,20 +347,15 @@ def evaluate(
     }  # fmt: skip
 
 
-def intervention_effect(with_it: Iterable[Mapping], without: Iterable[Mapping], from_step: int = 0) -> dict:
-    """Difference of label shares, with minus without, over the rollout actions from `from_step` on.
+def share_changes(worlds: Iterable[tuple[str, np.ndarray, np.ndarray]]) -> dict:
+    """How label shares differ between two runs of some worlds, each given as (method, codes with, codes without).
 
-    Both are trajectory rows, of the same seeds; inserted actions must not be among them. Worlds (event, method, seed)
-    are paired and weigh the same: {METHOD: {DIMENSION: {LABEL: difference}}}. ValueError where no world is in both.
+    {METHOD: {DIMENSION: {LABEL: with minus without}}}, every world weighing the same. codes: [actions, dimensions].
     """
-    sides = [collect(row for row in rows if row["step"] >= from_step) for rows in (with_it, without)]
-    effect: dict[str, list[np.ndarray]] = {}
-    for key in (key for key in sides[0] if key in sides[1]):
-        after, before = (label_shares(side[key].simulated)[0] for side in sides)
-        effect.setdefault(key[1], []).append(after - before)
-    if not effect:
-        raise ValueError("intervention_effect: no world is in both runs")
+    changes: dict[str, list[np.ndarray]] = {}
+    for method, with_it, without in worlds:
+        changes.setdefault(method, []).append(label_shares(with_it)[0] - label_shares(without)[0])
     return {
-        method: {name: dict(zip(LABELS[name], row.tolist())) for name, row in zip(LABELS, np.mean(worlds, axis=0))}
-        for method, worlds in effect.items()
+        method: {name: dict(zip(LABELS[name], row.tolist())) for name, row in zip(LABELS, np.mean(found, axis=0))}
+        for method, found in changes.items()
     }

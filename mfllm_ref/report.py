@@ -154,6 +154,12 @@ def _draw_kl(axis: Axes, metrics: Mapping) -> None:
     axis.set_xlabel("KL(real || simulated) in nats: mean, and 95% interval over events")
 
 
+def _plain(axis: Axes) -> None:
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(color="#E5E5E5", linewidth=0.7)
+    axis.set_axisbelow(True)
+
+
 def _save(figure: Figure, path: Path) -> None:
     content = io.BytesIO()
     FigureCanvasAgg(figure).print_png(content, metadata={"Software": None})
@@ -178,9 +184,7 @@ def figure(worlds: Worlds, metrics: Mapping, path: Path) -> None:
         below = page.add_subplot(grid[2, 1:])
         _draw_kl(below, metrics)
         for axis in (*panels, below):
-            axis.spines[["top", "right"]].set_visible(False)
-            axis.grid(color="#E5E5E5", linewidth=0.7)
-            axis.set_axisbelow(True)
+            _plain(axis)
         count = f"{events} event" + ("s" if events != 1 else "")
         page.suptitle(f"Label shares over time, real (black) and simulated: mean of {count}", fontsize=14, y=0.975)
         _save(page, path)
@@ -201,23 +205,19 @@ def loss_curve(rows: Iterable[Mapping], path: Path, keys: Sequence[str] = ("loss
         for key in keys:
             if row.get(key) is not None:
                 curves.setdefault(key, []).append((row["step"], row[key]))
-    colours = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
     with matplotlib.style.context("default"):
         page = Figure(figsize=(6.5 * max(len(stages), 1), 4.2), dpi=100, layout="constrained")
         for axis, (stage, curves) in zip(np.atleast_1d(page.subplots(1, max(len(stages), 1))), stages.items()):
             for key, points in curves.items():
-                colour = colours[list(keys).index(key) % len(colours)]
+                colour = list(_FAMILIES.values())[-1 - list(keys).index(key) % len(_FAMILIES)]
                 steps, values = np.array(points, dtype=float).T
                 span = len(values) // 40
-                axis.plot(steps, values, color=colour, alpha=0.3 if span else 1, marker="" if span else ".",
-                          label=None if span else key)  # fmt: skip
-                if span:
-                    middle = [np.median(values[max(0, k - span) : k + span + 1]) for k in range(len(values))]
-                    axis.plot(steps, middle, color=colour, linewidth=2, label=key)
+                middle = [np.median(values[max(0, k - span) : k + span + 1]) for k in range(len(values))]
+                axis.plot(steps, values, color=colour, alpha=0.3)
+                axis.plot(steps, middle, color=colour, linewidth=2, marker="" if span else ".", label=key)
             axis.set_title(stage, loc="left")
             axis.set_xlabel("step")
-            axis.spines[["top", "right"]].set_visible(False)
-            axis.grid(color="#E5E5E5", linewidth=0.7)
             if curves:
                 axis.legend(frameon=False)
+            _plain(axis)
         _save(page, path)

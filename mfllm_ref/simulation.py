@@ -169,29 +169,27 @@ def floors(events: Sequence[Event], settings: Settings, annotate: Annotator) -> 
 def effect(
     run: Run, events: Sequence[Event] | None, settings: Settings, annotate: Annotator, intervention: Intervention
 ) -> dict:
-    """What an intervention changed, from the rows with and without it on disk: {"from_step", "effect", "true_effect"}.
-
-    events: those of the built-in world, whose true process is run with and without it too; None elsewhere.
-    """
+    """What an intervention changed, from its next step on, by the rows with and without it on disk: {"from_step",
+    "effect", "true_effect"}. events: of the built-in world, whose true process is asked too; None elsewhere."""
     start = min(intervention) + 1
     files = (read_json_lines(run.out / name) for name in ("trajectory.jsonl", "trajectory-without.jsonl"))
-    out = {"from_step": start, "effect": metrics.intervention_effect(*files, from_step=start), "true_effect": None}
+    sides = [metrics.collect(row for row in rows if row["step"] >= start) for rows in files]
+    out = {"from_step": start, "true_effect": None}
+    pairs = ((key[1], world.simulated, sides[1][key].simulated) for key, world in sides[0].items())
+    out["effect"] = metrics.share_changes(pairs)
     if events is None:
         return {**out, "note": "true_effect is null: the true process of these events is not known"}
     inserted = [
         {"step": step, "actions": [{"profile": profile, "text": text} for profile, text in actions]}
         for step, actions in intervention.items()
     ]
-
-    def rows(items: Sequence[Mapping] | None) -> Iterator[dict]:
-        for event in events:
-            for seed, labels in enumerate(_continued(event, settings, annotate, items)):
-                for index, row in enumerate(labels, start=settings.warmup):
-                    yield {"event": event.id, "method": "truth", "seed": seed, "step": index // settings.batch,
-                           "index": index, "phase": "rollout", "labels": row, "real_labels": row}  # fmt: skip
-
-    true = metrics.intervention_effect(rows(inserted), rows(None), from_step=start)
-    return {**out, "true_effect": true["truth"]}
+    first = max(start * settings.batch - settings.warmup, 0)
+    pairs = (
+        ("truth", metrics.encode(after[first:]), metrics.encode(before[first:]))
+        for event in events if horizon(event, settings) > start * settings.batch
+        for after, before in zip(*(_continued(event, settings, annotate, items) for items in (inserted, None)))
+    )  # fmt: skip
+    return {**out, "true_effect": metrics.share_changes(pairs)["truth"]}
 
 
 def digest(events: Sequence[Event]) -> str:

@@ -386,16 +386,16 @@ def test_paired_bootstrap_finds_a_shift_under_common_noise():
         metrics.paired_bootstrap({}, common)
 
 
-def test_intervention_effect_is_a_difference_of_shares(society):
-    """Worlds are paired, from the given step on; where nothing changed every difference is exactly zero."""
-    rows, _ = society
-    with_it = make_rows("e1", "state", ["support"] * 30, ["neutral"] * 30, warmup=10)
-    without = make_rows("e1", "state", ["support"] * 15 + ["oppose"] * 15, ["neutral"] * 30, warmup=10)
-    effect = metrics.intervention_effect(with_it, without)["state"]
-    assert effect["stance"] == {"oppose": -0.5, "neutral": 0, "support": 0.5}
-    late = metrics.intervention_effect(with_it, without, from_step=3)["state"]["stance"]
-    assert late["support"] == 1  # actions 30 to 39
-    same = metrics.intervention_effect(rows, rows)
-    assert all(value == 0 for method in same.values() for shares in method.values() for value in shares.values())
-    with pytest.raises(ValueError):
-        metrics.intervention_effect(with_it, [])
+def test_share_changes_are_differences_of_shares_that_worlds_weigh_alike():
+    """Each world's difference counts once, whatever its length; where nothing changed every difference is zero."""
+    all_for, half, against = (
+        metrics.encode(map(full, labels))
+        for labels in (["support"] * 30, ["support"] * 15 + ["oppose"] * 15, ["oppose"] * 10)
+    )
+    changes = metrics.share_changes([("state", all_for, half), ("recent", half, half)])
+    assert changes["state"]["stance"] == {"oppose": -0.5, "neutral": 0, "support": 0.5}
+    assert set(changes["state"]) == set(DIMENSIONS)
+    assert all(value == 0 for shares in changes["recent"].values() for value in shares.values())
+    both = metrics.share_changes([("state", all_for, half), ("state", against, against)])
+    assert both["state"]["stance"] == {"oppose": -0.25, "neutral": 0, "support": 0.25}
+    assert metrics.share_changes([]) == {}
