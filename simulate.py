@@ -7,6 +7,7 @@
 """
 
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -39,7 +40,7 @@ def parser() -> doors.Parser:
     what.add_argument("--batch", type=doors.positive, default=10, metavar="B", help="agents a step (default: 10)")
     what.add_argument("--warmup", type=doors.natural, default=50, metavar="W", help="first W actions are the real "
                       "ones, the rest is simulated (default: 50)")  # fmt: skip
-    what.add_argument("--seeds", type=doors.positive, default=1, metavar="R", help="roll each event out R times "
+    what.add_argument("--seeds", type=doors.whole(1, 1000), default=1, metavar="R", help="roll each event out R times "
                       "(default: 1)")  # fmt: skip
     what.add_argument("--intervene", type=Path, metavar="FILE", help='insert actions: a JSON list of {"step": t, '
                       '"actions": [{"profile": "...", "text": "..."}]}; the effect is measured against the same seeds '
@@ -94,6 +95,9 @@ def main() -> None:
     lm = LanguageModel.load(backbone, device=str(device), dtype=dtype)
     for name, path in adapters.items():
         lm.load_adapter(name, path)
+    if max(tokens) >= lm.backbone.config.max_positions:
+        where = f"{backbone} has {lm.backbone.config.max_positions} positions"
+        raise doors.InputError(f"--action-tokens {tokens[0]} and --summary-tokens {tokens[1]}: {where}, prompt included")
     if args.chat:
         lm.tokenizer.chat([{"role": "user", "content": "?"}])  # refuses a checkpoint without a template
     annotate = LMAnnotator(lm) if args.annotator == "lm" else RuleAnnotator()
@@ -108,10 +112,9 @@ def main() -> None:
     record = {
         "settings": {
             "command": "simulate.py", "events": [event.id for event in events], "methods": [m.name for m in methods],
-            "agents": args.agents, "batch": args.batch, "warmup": args.warmup, "seed": args.seed, "seeds": args.seeds,
-            "intervene": args.intervene is not None, "chat": args.chat, "summary_tokens": args.summary_tokens,
-            "action_tokens": args.action_tokens, "annotator": args.annotator, "device": device.type,
-            "dtype": str(dtype).removeprefix("torch."), "threads": threads,
+            **dataclasses.asdict(settings), "seeds": args.seeds, "intervene": args.intervene is not None,
+            "annotator": args.annotator, "device": device.type, "dtype": str(dtype).removeprefix("torch."),
+            "threads": threads,
         },
         "paths": {"backbone": str(backbone), "data": str(args.data or "built-in"), "adapters": str(folder or "none")},
         "seeds": seeds, "threads": threads, **origin,
@@ -128,12 +131,12 @@ def main() -> None:
         if intervention:
             more = simulation.roll_out(run, "-without", *common, None, likelihood=False, progress=show)
             written, seconds = written + more[0], seconds + more[1]
+        known = events if args.data is None and args.warmup else None  # those whose true process can go on
+        floors = simulation.floors(known or (), settings, annotate)
         likelihood = simulation.nll(runs.read_json_lines(out / "likelihood.jsonl"))
-        floors = simulation.floors(events, settings, annotate) if args.data is None and args.warmup else None
         labels = metrics.collect(runs.read_json_lines(out / "trajectory.jsonl"))
         result = metrics.evaluate(labels, {event.id: event.domain for event in events}, floors, likelihood)
         if intervention:
-            known = events if args.data is None and args.warmup else None
             result["intervention"] = simulation.effect(run, known, settings, annotate, intervention)
         runs.write_json(out / "metrics.json", result)
         report.figure(labels, result, out / "report.png")

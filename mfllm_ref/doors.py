@@ -25,23 +25,23 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where there is one")
     group.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights; auto: float32 on CPU")
     group.add_argument("--seed", type=natural, default=0, help="of all sampling (default: 0)")
-    group.add_argument("--threads", type=positive, default=None, help="CPU threads (default: all cores)")
+    group.add_argument("--threads", type=whole(1, 1024), default=None, help="CPU threads (default: all cores)")
     group.add_argument("--out", type=Path, default=None, help="folder to write to (default: runs/<time>)")
     group.add_argument("--resume", action="store_true", help="go on with the interrupted run in --out")
 
 
-def natural(text: str) -> int:
-    value = int(text)
-    if value < 0 or value >= 2**62:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 2**62")
-    return value
+def whole(least: int, most: int) -> Callable[[str], int]:
+    """An argparse type: a whole number from `least` to `most`."""
+
+    def integer(text: str) -> int:
+        if not least <= (value := int(text)) <= most:
+            raise argparse.ArgumentTypeError(f"{text} is not between {least} and {most}")
+        return value
+
+    return integer
 
 
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1 or value >= 2**62:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive integer")
-    return value
+natural, positive = whole(0, 2**62), whole(1, 2**62)
 
 
 def threads(args: argparse.Namespace) -> int:
@@ -49,11 +49,8 @@ def threads(args: argparse.Namespace) -> int:
     import torch
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    count = args.threads or cores
-    if count > 1024:
-        raise InputError(f"--threads {count}: this machine has {cores} cores")
-    torch.set_num_threads(count)
-    return count
+    torch.set_num_threads(args.threads or cores)
+    return args.threads or cores
 
 
 def device_and_dtype(args: argparse.Namespace) -> tuple["torch.device", "torch.dtype"]:  # noqa: F821
@@ -71,7 +68,7 @@ def run_door(name: str, main: Callable[[], None]) -> int:
     """Run a door: exit code 0, 2 with one line on stderr for bad input, 130 on Ctrl-C."""
     try:
         main()
-    except InputError as error:
+    except (InputError, OSError) as error:  # the system's own: a path too long, or one it lets nobody look at
         print(f"{name}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -1,15 +1,14 @@
 """Numbers about label distributions and label trajectories (DESIGN section 6). numpy only; knows no language model.
 
-Notable: the four contract functions come first and check what they are given; `evaluate` uses the same arithmetic on
-counts. Rows are read once and kept as one byte a label, so the memory of a long run is that of its codes, not its
-texts. Every measure is taken per event, seed and dimension, then averaged over dimensions, seeds and events in that
-order; the interval resamples events, the unit that is independent, and the same draws serve every method.
+Notable: the contract functions come first and check what they are given; everything after them works on counts of all
+dimensions at once, the label axis padded to the longest dimension (padding counts nothing, and no smoothing reaches
+it). Every measure is taken per event, seed and dimension, then averaged over dimensions, seeds and events in that order;
+the interval resamples events, the unit that is independent, and the same draws serve every method.
 """
 
 import zlib
-from array import array
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -20,11 +19,15 @@ OURS = "mf-llm"  # the method that `reduction` and `gap_closed` compare with eac
 WINDOW, SHARE_WINDOW = 100, 20  # actions: windows of KL and W1, windows of a share trajectory (DTW, pictures)
 SMOOTHING = 0.5  # added to every label's count, on both sides
 MIN_ENTROPY = 0.05  # nats; a dimension whose real labels have less says nothing and leaves the means
+RESAMPLES = 2000  # of the bootstrap
 MEASURES = ("kl", "wasserstein", "dtw", "macro_f1", "micro_f1")
 
-_ORDERED = {"sentiment_tendency": ("negative", "neutral", "positive"), "stance": ("oppose", "neutral", "support")}
-LABELS: dict[str, tuple[str, ...]] = {name: _ORDERED.get(name, labels) for name, labels in DIMENSIONS.items()}
+_THREE = {"sentiment_tendency": ("negative", "neutral", "positive"), "stance": ("oppose", "neutral", "support")}
+LABELS: dict[str, tuple[str, ...]] = {name: _THREE.get(name, labels) for name, labels in DIMENSIONS.items()}
 _CODES = {name: {label: code for code, label in enumerate(labels)} for name, labels in LABELS.items()}
+_SIZES = np.array([len(labels) for labels in LABELS.values()])
+_IS_LABEL = np.arange(_SIZES.max()) < _SIZES[:, None]  # [dimensions, labels]: False is padding
+_ORDERED = np.array([name in _THREE or len(labels) == 2 for name, labels in LABELS.items()])
 
 
 # ---- the contract functions ----------------------------------------------------------------------------------------
@@ -44,7 +47,8 @@ def wasserstein(p: ArrayLike, q: ArrayLike) -> float:
 
     For unordered labels see `total_variation`; for two labels the two agree. Errors as in `kl_divergence`.
     """
-    return float(_w1(*_pair(p, q)))
+    p, q = _pair(p, q)
+    return float(_w1(p, q, max(len(p) - 1, 1)))
 
 
 def total_variation(p: ArrayLike, q: ArrayLike) -> float:
@@ -59,13 +63,11 @@ def dtw(x: ArrayLike, y: ArrayLike) -> float:
     non-finite entry, or shapes that do not belong together.
     """
     x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
-    if x.ndim not in (1, 2) or x.ndim != y.ndim or x.shape[1:] != y.shape[1:]:
+    if x.ndim not in (1, 2) or x.ndim != y.ndim or x.shape[1:] != y.shape[1:] or not len(x) or not len(y):
         raise ValueError(f"dtw needs two trajectories [time] or [time, labels], not shapes {x.shape} and {y.shape}")
-    if not len(x) or not len(y):
-        raise ValueError("dtw of an empty trajectory")
     if not (np.isfinite(x).all() and np.isfinite(y).all()):
         raise ValueError("dtw of a trajectory that holds NaN or infinity")
-    return float(_dtw(_cost(x.reshape(len(x), -1), y.reshape(len(y), -1))))
+    return float(_dtw(x.reshape(len(x), 1, -1), y.reshape(len(y), 1, -1))[0])
 
 
 def f1(true: Sequence[Hashable], pred: Sequence[Hashable], average: str = "macro") -> float:
@@ -82,25 +84,21 @@ def f1(true: Sequence[Hashable], pred: Sequence[Hashable], average: str = "macro
     codes = {label: code for code, label in enumerate(dict.fromkeys(true + pred))}
     confusion = np.zeros((len(codes), len(codes)), dtype=np.int64)
     np.add.at(confusion, ([codes[label] for label in true], [codes[label] for label in pred]), 1)
-    return _f1(confusion, average)
+    return float(_f1(confusion)[("macro", "micro").index(average)])
 
 
-def _pair(p: ArrayLike, q: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+def _pair(p: ArrayLike, q: ArrayLike) -> list[np.ndarray]:
     pair = []
     for name, values in (("p", p), ("q", q)):
         values = np.asarray(values, dtype=np.float64)
-        if values.ndim != 1:
-            raise ValueError(f"{name} must have one axis (labels), not shape {values.shape}")
-        if not np.isfinite(values).all() or (values < 0).any():
-            raise ValueError(f"{name} holds a negative or non-finite entry")
         with np.errstate(over="ignore"):
             total = values.sum()
-        if not 0 < total < np.inf:
-            raise ValueError(f"{name} sums to {total}: not a distribution")
+        if values.ndim != 1 or not (values >= 0).all() or not 0 < total < np.inf:  # NaN is not >= 0
+            raise ValueError(f"{name} must be finite, non-negative weights [labels] with a positive sum")
         pair.append(values / total)
-    if pair[0].shape != pair[1].shape:
+    if len(pair[0]) != len(pair[1]):
         raise ValueError(f"p has {len(pair[0])} labels and q {len(pair[1])}")
-    return pair[0], pair[1]
+    return pair
 
 
 # ---- the same arithmetic on many distributions at once; labels are the last axis -----------------------------------
@@ -112,44 +110,39 @@ def _kl(p: np.ndarray, q: np.ndarray) -> np.ndarray:
     return np.maximum(terms.sum(-1), 0.0)  # rounding may leave -1e-17
 
 
-def _w1(p: np.ndarray, q: np.ndarray) -> np.ndarray:
-    return np.abs(np.cumsum(p - q, -1)[..., :-1]).sum(-1) / max(p.shape[-1] - 1, 1)
+def _w1(p: np.ndarray, q: np.ndarray, steps: ArrayLike) -> np.ndarray:
+    """W1 on [0, 1] of labels that are `steps` equal steps apart in all (how many labels there are, less one)."""
+    return np.abs(np.cumsum(p - q, -1)[..., :-1]).sum(-1) / steps
 
 
 def _tv(p: np.ndarray, q: np.ndarray) -> np.ndarray:
     return np.abs(p - q).sum(-1) / 2
 
 
-def _cost(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """L1 distance [len(x), len(y)] between the moments of two trajectories [time, labels]."""
-    return sum(np.abs(x[:, None, label] - y[None, :, label]) for label in range(x.shape[1]))
-
-
-def _dtw(cost: np.ndarray) -> np.ndarray:
-    """Distance [...] of pairs of trajectories given by their costs [..., rows, columns]."""
-    rows, columns = cost.shape[-2:]
-    total = np.full((*cost.shape[:-2], rows + 1, columns + 1), np.inf)
-    total[..., 0, 0] = 0.0
+def _dtw(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """DTW distance [dimensions] of two trajectories [time, dimensions, labels]."""
+    cost = sum(np.abs(x[:, None, :, label] - y[None, :, :, label]) for label in range(x.shape[-1]))
+    rows, columns = cost.shape[:2]
+    total = np.full((rows + 1, columns + 1, cost.shape[2]), np.inf)
+    total[0, 0] = 0.0
     for diagonal in range(rows + columns - 1):  # the cells of one anti-diagonal do not depend on each other
         i = np.arange(max(0, diagonal - columns + 1), min(rows, diagonal + 1))
         j = diagonal - i
-        before = np.minimum(np.minimum(total[..., i, j + 1], total[..., i + 1, j]), total[..., i, j])
-        total[..., i + 1, j + 1] = cost[..., i, j] + before
-    return total[..., rows, columns] / (rows + columns)
+        total[i + 1, j + 1] = cost[i, j] + np.minimum(np.minimum(total[i, j + 1], total[i + 1, j]), total[i, j])
+    return total[rows, columns] / (rows + columns)
 
 
-def _f1(confusion: np.ndarray, average: str) -> float:
-    hits, items = np.diagonal(confusion), confusion.sum(0) + confusion.sum(1)  # 2 tp + fp + fn = true + predicted
-    if average == "micro":
-        return float(2 * hits.sum() / items.sum())
-    return float((2 * hits[items > 0] / items[items > 0]).mean())
+def _f1(confusion: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Macro and micro F1 [...] of confusion counts [..., labels, labels]."""
+    hits, items = np.diagonal(confusion, axis1=-2, axis2=-1), confusion.sum(-1) + confusion.sum(-2)
+    scores = 2 * hits / np.maximum(items, 1)  # 2 tp / (2 tp + fp + fn)
+    return scores.sum(-1) / (items > 0).sum(-1), 2 * hits.sum(-1) / items.sum(-1)
 
 
-# ---- from trajectory rows to counts --------------------------------------------------------------------------------
+# ---- from labels to counts -----------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Trajectory:
+class Trajectory(NamedTuple):
     """Labels of one world's rollout actions in order: int8 [actions, dimensions], codes into LABELS."""
 
     simulated: np.ndarray
@@ -159,29 +152,39 @@ class Trajectory:
 Worlds = dict[tuple[str, str, int], Trajectory]  # (event, method, seed)
 
 
+def _coded(labels: Mapping[str, str]) -> bytes:
+    return bytes(codes[labels[name]] for name, codes in _CODES.items())
+
+
+def _decoded(rows: Iterable[bytes]) -> np.ndarray:
+    return np.frombuffer(b"".join(rows), dtype=np.int8).reshape(-1, len(LABELS))
+
+
+def encode(labels: Iterable[Mapping[str, str]]) -> np.ndarray:
+    """Codes int8 [actions, dimensions] of the labels of some actions."""
+    return _decoded(map(_coded, labels))
+
+
 def collect(rows: Iterable[Mapping]) -> Worlds:
-    """The rollout labels of trajectory rows (DESIGN section 3); ValueError for a label or an order that cannot be."""
-    found: dict[tuple[str, str, int], tuple[array, bytearray, bytearray]] = {}
+    """The rollout labels of trajectory rows (DESIGN section 3), which are read once and may come in any order.
+
+    ValueError for a label that does not exist or an action that occurs twice.
+    """
+    found: dict[tuple[str, str, int], dict[int, tuple[bytes, bytes]]] = {}
     for row in rows:
-        if row["phase"] != "rollout":
-            continue
-        key = (row["event"], row["method"], row["seed"])
-        index, simulated, real = found.setdefault(key, (array("q"), bytearray(), bytearray()))
-        try:
-            codes = [bytes(_CODES[name][row[side][name]] for name in LABELS) for side in ("labels", "real_labels")]
-        except KeyError as error:
-            raise ValueError(f"event {key[0]}, method {key[1]}, action {row['index']}: no label {error}") from None
-        index.append(row["index"])
-        simulated += codes[0]
-        real += codes[1]
-    worlds = {}
-    for key, (index, simulated, real) in found.items():
-        order = np.argsort(np.frombuffer(index, dtype=np.int64), kind="stable")
-        if (np.diff(np.frombuffer(index, dtype=np.int64)[order]) == 0).any():
-            raise ValueError(f"event {key[0]}, method {key[1]}, seed {key[2]}: an action appears twice")
-        sides = [np.frombuffer(side, dtype=np.int8).reshape(-1, len(LABELS))[order] for side in (simulated, real)]
-        worlds[key] = Trajectory(*sides)
-    return worlds
+        if row["phase"] == "rollout":
+            key, index = (row["event"], row["method"], row["seed"]), row["index"]
+            actions = found.setdefault(key, {})
+            if index in actions:
+                raise ValueError(f"event {key[0]}, method {key[1]}, seed {key[2]}: action {index} occurs twice")
+            try:
+                actions[index] = _coded(row["labels"]), _coded(row["real_labels"])
+            except KeyError as error:
+                raise ValueError(f"event {key[0]}, method {key[1]}, action {index}: no label {error}") from None
+    return {
+        key: Trajectory(*(_decoded(actions[index][side] for index in sorted(actions)) for side in (0, 1)))
+        for key, actions in found.items()
+    }
 
 
 def windows(count: int, size: int) -> np.ndarray:
@@ -191,137 +194,112 @@ def windows(count: int, size: int) -> np.ndarray:
     return np.minimum(ids, count // size - 1) if count >= size and 2 * (count % size) < size else ids
 
 
-def _shares(codes: np.ndarray) -> list[np.ndarray]:
-    """Label shares [labels] of each dimension of codes [actions, dimensions], actions > 0."""
-    return [np.bincount(codes[:, k], minlength=len(names)) / len(codes) for k, names in enumerate(LABELS.values())]
+def label_shares(codes: np.ndarray, ids: ArrayLike = 0, smoothing: float = 0.0) -> np.ndarray:
+    """Label shares [windows, dimensions, labels] of codes [actions, dimensions], with `smoothing` added to each label's
+    count. ids: the actions' window numbers, ascending (0: one window of all)."""
+    ids = np.broadcast_to(ids, len(codes))
+    counts = np.zeros((ids[-1] + 1, *_IS_LABEL.shape))
+    np.add.at(counts, (ids[:, None], np.arange(len(LABELS)), codes), 1)
+    counts += smoothing * _IS_LABEL
+    return counts / counts.sum(-1, keepdims=True)
 
 
-def _counts(codes: np.ndarray, labels: int, ids: np.ndarray) -> np.ndarray:
-    """Label counts [windows, labels] of codes [actions] whose windows are ids [actions]."""
-    size = int(ids[-1]) + 1 if len(ids) else 0
-    return np.bincount(ids * labels + codes, minlength=size * labels).reshape(size, labels)
-
-
-def _smoothed(counts: np.ndarray) -> np.ndarray:
-    return (counts + SMOOTHING) / (counts.sum(-1, keepdims=True) + SMOOTHING * counts.shape[-1])
-
-
-def _scores(trajectory: Trajectory) -> np.ndarray:
+def _scores(world: Trajectory) -> np.ndarray:
     """All MEASURES of one world, float64 [measures, dimensions], each the mean over its windows."""
-    scores = {measure: np.empty(len(LABELS)) for measure in MEASURES}
-    long, short = (windows(len(trajectory.real), size) for size in (WINDOW, SHARE_WINDOW))
-    costs = []
-    for column, (name, labels) in enumerate(LABELS.items()):
-        real, simulated = trajectory.real[:, column], trajectory.simulated[:, column]
-        size, confusion = len(labels), np.zeros((len(labels), len(labels)), dtype=np.int64)
-        counts = [_counts(side, size, long) for side in (real, simulated)]
-        distance = _w1 if size == 2 or name in _ORDERED else _tv
-        scores["kl"][column] = _kl(*map(_smoothed, counts)).mean()
-        scores["wasserstein"][column] = distance(*(side / side.sum(-1, keepdims=True) for side in counts)).mean()
-        paths = [_counts(side, size, short) for side in (real, simulated)]
-        costs.append(_cost(*(path / path.sum(-1, keepdims=True) for path in paths)))
-        np.add.at(confusion, (real, simulated), 1)
-        scores["macro_f1"][column], scores["micro_f1"][column] = _f1(confusion, "macro"), _f1(confusion, "micro")
-    scores["dtw"] = _dtw(np.stack(costs))
-    return np.stack(list(scores.values()))
+    real, simulated = world.real, world.simulated
+    pair = [label_shares(side, windows(len(side), WINDOW)) for side in (real, simulated)]
+    distance = np.where(_ORDERED, _w1(*pair, _SIZES - 1), _tv(*pair))
+    paths = [label_shares(side, windows(len(side), SHARE_WINDOW)) for side in (real, simulated)]
+    confusion = np.zeros((*_IS_LABEL.shape, _SIZES.max()), dtype=np.int64)
+    np.add.at(confusion, (np.arange(len(LABELS)), real, simulated), 1)
+    return np.stack([kl_between(real, simulated), distance.mean(0), _dtw(*paths), *_f1(confusion)])
 
 
-def encode(labels: Sequence[Mapping[str, str]]) -> np.ndarray:
-    """Codes int8 [actions, dimensions] of a sequence of labels."""
-    return np.array([[_CODES[name][item[name]] for name in LABELS] for item in labels], dtype=np.int8)
+# ---- floors --------------------------------------------------------------------------------------------------------
 
 
-def kl_between(real: Sequence[Mapping[str, str]], other: Sequence[Mapping[str, str]]) -> dict[str, float]:
-    """KL(real || other) in nats per dimension of two label sequences of equal length, as `evaluate` takes it.
-
-    With another continuation of the true process as `other` this is the event's floor. ValueError for unequal lengths.
-    """
-    if len(real) != len(other) or not real:
+def kl_between(real: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """KL(real || other) in nats [dimensions] of two label sequences of equal length (see `encode`), as `evaluate` takes
+    it: with another continuation of the true process as `other`, the event's floor. ValueError for unequal lengths."""
+    if len(real) != len(other) or not len(real):
         raise ValueError(f"kl_between needs two label sequences of one length, not {len(real)} and {len(other)}")
-    scores = _scores(Trajectory(simulated=encode(other), real=encode(real)))
-    return dict(zip(LABELS, scores[0].tolist()))
+    ids = windows(len(real), WINDOW)
+    return _kl(*(label_shares(codes, ids, SMOOTHING) for codes in (real, other))).mean(0)
 
 
 def split_half_floor(real: np.ndarray, seed: int | Sequence[int] = 0, splits: int = 20) -> np.ndarray:
     """The floor where the true process is unknown, [dimensions]: half the KL between two random halves of each real
     window (sampling KL falls as 1/n), mean over windows and `splits`. real: codes [actions, dimensions]."""
     rng, ids = np.random.default_rng(seed), windows(len(real), WINDOW)
+    sizes = np.bincount(ids)
+    second = np.arange(len(real)) - (np.cumsum(sizes) - sizes)[ids] >= sizes[ids] // 2  # places in a window's second half
     total = np.zeros(len(LABELS))
     for _ in range(splits):
-        half = np.empty(len(real), dtype=np.int64)
-        for window in range(ids[-1] + 1):
-            members = rng.permutation(np.flatnonzero(ids == window))
-            half[members] = 2 * window + (np.arange(len(members)) >= len(members) // 2)
-        for column, labels in enumerate(LABELS.values()):
-            counts = np.bincount(half * len(labels) + real[:, column], minlength=2 * (ids[-1] + 1) * len(labels))
-            halves = _smoothed(counts.reshape(-1, 2, len(labels)))
-            total[column] += _kl(halves[:, 0], halves[:, 1]).mean() / 2
+        shuffled = real[np.lexsort((rng.random(len(real)), ids))]  # each window within itself
+        halves = label_shares(shuffled, 2 * ids + second, SMOOTHING)
+        total += _kl(halves[::2], halves[1::2]).mean(0) / 2
     return total / splits
 
 
 # ---- metrics.json --------------------------------------------------------------------------------------------------
 
 
-def _resampled(values: np.ndarray, resamples: int, seed: int) -> np.ndarray:
-    """Means over resampled events, [resamples, ...], of values [..., events]; one draw serves all leading axes."""
-    rng, events = np.random.default_rng(seed), values.shape[-1]
-    return np.stack([values[..., rng.integers(events, size=events)].mean(-1) for _ in range(resamples)])
+def _interval(values: np.ndarray) -> np.ndarray:
+    """95% intervals [..., 2] of the mean over events of values [..., events]; one draw of events serves all."""
+    rng, events = np.random.default_rng(0), values.shape[-1]
+    means = [values[..., rng.integers(events, size=events)].mean(-1) for _ in range(RESAMPLES)]
+    return np.moveaxis(np.percentile(means, (2.5, 97.5), axis=0), 0, -1)
 
 
-def paired_bootstrap(a: Mapping[str, float], b: Mapping[str, float], resamples: int = 2000, seed: int = 0) -> dict:
+def paired_bootstrap(a: Mapping[str, float], b: Mapping[str, float]) -> dict:
     """Mean of a - b over the events both hold (values by event id), with its 95% interval over resampled events:
     {"difference", "ci95": [lo, hi] or None for under two events, "events"}. ValueError where they share no event."""
-    shared = [event for event in a if event in b]
-    if not shared:
+    gap = np.array([a[event] - b[event] for event in a if event in b])
+    if not len(gap):
         raise ValueError("paired_bootstrap: no event in common")
-    gap = np.array([a[event] - b[event] for event in shared])
-    interval = np.percentile(_resampled(gap, resamples, seed), (2.5, 97.5)).tolist() if len(gap) > 1 else None
+    interval = _interval(gap).tolist() if len(gap) > 1 else None
     return {"difference": float(gap.mean()), "ci95": interval, "events": len(gap)}
 
 
 def evaluate(
-    rows: Iterable[Mapping] | Worlds,
+    worlds: Worlds,
     domains: Mapping[str, str],
-    floors: Mapping[str, Mapping[str, float]] | None = None,
-    nll: Mapping[str, float | None] | None = None,
-    resamples: int = 2000,
-    seed: int = 0,
+    floors: Mapping[str, np.ndarray] = {},
+    nll: Mapping[str, float] = {},
 ) -> dict:
-    """What metrics.json holds (DESIGN section 3), from trajectory rows or from what `collect` made of them.
+    """What metrics.json holds (DESIGN section 3), from what `collect` made of trajectory rows.
 
-    domains: event id -> domain. floors: event id -> dimension -> KL, where the true process is known (`kl_between`);
-    other events get the split-half floor. nll: method -> nats per token, or None. Every method is scored on the events
-    that all of them have. The entropy that excludes a dimension is that of its real labels pooled over the rollout
-    actions of these events, each action once; its values are still given, but no mean holds them. "by_domain" is
-    {DOMAIN: {"events": n, "floor": x, "methods": {METHOD: mean KL}}}; beyond the contract, "kl_by_event" {METHOD:
-    {EVENT: mean KL}} is for paired comparisons and "notes" says why a field is null. ValueError for nothing to score.
+    domains: event id -> domain. floors: event id -> KL [dimensions] where the true process is known (`kl_between`);
+    other events get the split-half floor. nll: method -> nats per token. Every method is scored on the events that all
+    of them have. The entropy that excludes a dimension is that of its real labels pooled over the rollout actions of
+    these events, each action once; its values are still given, but no mean holds them. "by_domain" is {DOMAIN:
+    {"events": n, "floor": x, "methods": {METHOD: mean KL}}}; beyond the contract, "kl_by_event" {METHOD: {EVENT: mean
+    KL}} is for paired comparisons and "notes" says why a field is null. ValueError for nothing to score.
     """
-    worlds: Worlds = rows if isinstance(rows, dict) else collect(rows)
     methods = list(dict.fromkeys(method for _, method, _ in worlds))
-    runs: dict[tuple[str, str], list[Trajectory]] = {}
-    for (event, method, _), trajectory in worlds.items():
-        runs.setdefault((event, method), []).append(trajectory)
-    every = list(dict.fromkeys(event for event, _ in runs))
-    events = [event for event in every if all((event, method) in runs for method in methods)]
+    runs: dict[str, dict[str, list[Trajectory]]] = {}
+    for (event, method, _), world in worlds.items():
+        runs.setdefault(event, {}).setdefault(method, []).append(world)
+    events = [event for event, found in runs.items() if len(found) == len(methods)]
     if not events:
         raise ValueError("nothing to evaluate: no event has rollout actions under every method")
     notes: dict[str, str] = {}
-    if len(events) < len(every):
-        notes["events"] = f"{len(every) - len(events)} of {len(every)} events left out: not every method has them"
+    if len(events) < len(runs):
+        notes["events"] = f"{len(runs) - len(events)} of {len(runs)} events left out: not every method has them"
 
     # scores [methods, events, measures, dimensions], floor [events, dimensions]
-    scores = np.array([[np.mean([_scores(run) for run in runs[e, m]], axis=0) for e in events] for m in methods])
-    reals = [runs[event, methods[0]][0].real for event in events]
+    scores = np.array([[np.mean([_scores(run) for run in runs[e][m]], axis=0) for e in events] for m in methods])
+    reals = {event: runs[event][methods[0]][0].real for event in events}
     floor = np.empty((len(events), len(LABELS)))
-    for row, (event, real) in enumerate(zip(events, reals)):
-        known = (floors or {}).get(event)
+    for row, (event, real) in enumerate(reals.items()):
         # seeded by the event's own name, so that its floor does not depend on which other events are there
-        by_name = (seed, zlib.crc32(event.encode("utf-8", "surrogatepass")))
-        floor[row] = [known[name] for name in LABELS] if known else split_half_floor(real, by_name)
+        by_name = zlib.crc32(event.encode("utf-8", "surrogatepass"))
+        floor[row] = floors[event] if event in floors else split_half_floor(real, (0, by_name))
 
-    entropy = [float(-sum(x * np.log(x) for x in share if x > 0)) for share in _shares(np.concatenate(reals))]
-    excluded = {name: max(value, 0.0) for name, value in zip(LABELS, entropy) if value < MIN_ENTROPY}
-    kept = np.array([name not in excluded for name in LABELS])
+    pooled = label_shares(np.concatenate(list(reals.values())))[0]
+    entropy = np.log(_SIZES) - _kl(pooled, _IS_LABEL / _SIZES[:, None])  # log(labels) less the distance from uniform
+    kept = entropy >= MIN_ENTROPY
+    excluded = {name: max(float(nats), 0.0) for name, nats in zip(LABELS, entropy) if nats < MIN_ENTROPY}
     if not kept.any():
         notes["mean"] = f"null: the real labels of every dimension have under {MIN_ENTROPY} nats of entropy"
 
@@ -334,17 +312,15 @@ def evaluate(
     kl = scores[:, :, MEASURES.index("kl")]
     intervals: list[list[float] | None] = [None] * len(methods)
     if len(events) > 1 and kept.any():
-        draws = _resampled(kl[:, :, kept].mean(-1), resamples, seed)
-        intervals = np.percentile(draws, (2.5, 97.5), axis=0).T.tolist()
+        intervals = _interval(kl[:, :, kept].mean(-1)).tolist()
     else:
         notes["kl_ci95"] = "null: an interval over events needs two events and one dimension in the mean"
     table: dict[str, dict] = {}
     for row, method in enumerate(methods):
-        measures = {measure: by_dimension(scores[row, :, column]) for column, measure in enumerate(MEASURES)}
-        given = (nll or {}).get(method)
-        if given is None:
+        values = {measure: by_dimension(scores[row, :, column]) for column, measure in enumerate(MEASURES)}
+        table[method] = {"kl": values.pop("kl"), "kl_ci95": intervals[row], **values, "nll": nll.get(method)}
+        if table[method]["nll"] is None:
             notes[f"nll.{method}"] = "null: the method has no language model, or none was scored"
-        table[method] = {"kl": measures.pop("kl"), "kl_ci95": intervals[row], **measures, "nll": given}
 
     bottom, reduction, gap_closed = mean(floor), {}, {}
     if OURS in methods and kept.any():
@@ -355,6 +331,8 @@ def evaluate(
             gap_closed[rival] = (theirs - ours) / (theirs - bottom) if theirs > bottom else None
             if theirs <= bottom:
                 notes[f"gap_closed.{rival}"] = "null: the rival's KL is not above the floor: no gap to close"
+            if theirs <= 0:
+                notes[f"reduction.{rival}"] = "null: the rival's KL is zero"
     else:
         notes["reduction"] = notes["gap_closed"] = f"empty: {OURS} was not run, or no dimension is in the mean"
     by_domain = {}
@@ -369,21 +347,15 @@ def evaluate(
     }  # fmt: skip
 
 
-def intervention_effect(with_it: Iterable[Mapping], without: Iterable[Mapping], from_step: int = 0) -> dict:
-    """Difference of label shares, with minus without, over the rollout actions from `from_step` on.
+def share_changes(worlds: Iterable[tuple[str, np.ndarray, np.ndarray]]) -> dict:
+    """How label shares differ between two runs of some worlds, each given as (method, codes with, codes without).
 
-    Both are trajectory rows, of the same seeds; inserted actions must not be among them. Worlds (event, method, seed)
-    are paired and weigh the same: {METHOD: {DIMENSION: {LABEL: difference}}}. ValueError where no world is in both.
+    {METHOD: {DIMENSION: {LABEL: with minus without}}}, every world weighing the same. codes: [actions, dimensions].
     """
-    sides = [collect(row for row in rows if row["step"] >= from_step) for rows in (with_it, without)]
-    effect: dict[str, list[np.ndarray]] = {}
-    for key in (key for key in sides[0] if key in sides[1]):
-        pair = [np.concatenate(_shares(side[key].simulated)) for side in sides]
-        effect.setdefault(key[1], []).append(pair[0] - pair[1])
-    if not effect:
-        raise ValueError("intervention_effect: no world is in both runs")
-    out: dict[str, dict[str, dict[str, float]]] = {}
-    for method, worlds in effect.items():
-        values = iter(np.mean(worlds, axis=0).tolist())  # all dimensions' labels, one after another
-        out[method] = {name: {label: next(values) for label in labels} for name, labels in LABELS.items()}
-    return out
+    changes: dict[str, list[np.ndarray]] = {}
+    for method, with_it, without in worlds:
+        changes.setdefault(method, []).append(label_shares(with_it)[0] - label_shares(without)[0])
+    return {
+        method: {name: dict(zip(LABELS[name], row.tolist())) for name, row in zip(LABELS, np.mean(found, axis=0))}
+        for method, found in changes.items()
+    }

@@ -16,7 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from mfllm_ref.metrics import LABELS, OURS, SHARE_WINDOW, Worlds, collect
+from mfllm_ref.metrics import LABELS, OURS, SHARE_WINDOW, Worlds, label_shares, windows
 from mfllm_ref.runs import write_bytes
 
 _FAMILIES = {  # the longest matching name decides
@@ -37,12 +37,8 @@ def _style(method: str) -> dict:
 # ---- the table -----------------------------------------------------------------------------------------------------
 
 
-def _number(value: float | None, digits: int = 3) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{round(100 * value)}%"
+def _number(value: float | None, form: str = ".3f") -> str:
+    return "-" if value is None else format(value, form)
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -58,17 +54,13 @@ def table(metrics: Mapping) -> str:
     """
     compared = bool(metrics["reduction"])
     head = ["method", "KL", "95% interval", "W1", "DTW", "macroF1", "microF1", "nll"]
-    head += ["reduction", "closed"] if compared else []
-    rows = [head]
+    rows = [head + ["reduction", "closed"] * compared]
     for method, entry in metrics["methods"].items():
-        interval = entry["kl_ci95"]
-        row = [method, _number(entry["kl"]["mean"]), "-" if interval is None else "{:.3f}-{:.3f}".format(*interval)]
-        row += [_number(entry[name]["mean"]) for name in ("wasserstein", "dtw", "macro_f1", "micro_f1")]
-        row.append(_number(entry["nll"]))
-        if compared:
-            row += [_percent(metrics[name].get(method)) for name in ("reduction", "gap_closed")]
-        rows.append(row)
-    rows.append(["floor", _number(metrics["floor"]["mean"])] + [""] * (len(head) - 2))
+        means = [_number(entry[name]["mean"]) for name in ("kl", "wasserstein", "dtw", "macro_f1", "micro_f1")]
+        interval = "-".join(map(_number, entry["kl_ci95"] or ())) or "-"
+        against = [_number(metrics[name].get(method), ".0%") for name in ("reduction", "gap_closed")]
+        rows.append([method, means[0], interval, *means[1:], _number(entry["nll"])] + against * compared)
+    rows.append(["floor", _number(metrics["floor"]["mean"])] + [""] * (len(rows[0]) - 2))
     lines = _aligned(rows)
     rule = "-" * max(map(len, lines))
     lines = [lines[0], rule, *lines[1:-1], rule, lines[-1]]
@@ -94,52 +86,44 @@ def effect_table(intervention: Mapping, dimension: str = "stance") -> str:
 
 
 def _paths(worlds: Worlds) -> tuple[dict[str, np.ndarray], int]:
-    """Label shares over time, {method or "real": [windows, labels of all dimensions]}, and the number of events.
+    """Label shares over time, {method or "real": [windows, dimensions, labels]}, and the number of events.
 
     Windows of SHARE_WINDOW rollout actions, mean over seeds and then over events at equal place. Only windows that at
     least half of the events fill are kept, so that a change of the line is not a change of the events behind it.
     """
-    onehots = [np.eye(len(labels)) for labels in LABELS.values()]
-    shares: dict[str, dict[str, list[np.ndarray]]] = {}
+    found: dict[str, dict[str, list[np.ndarray]]] = {}
     for (event, method, _), world in worlds.items():
         whole = max(len(world.real) // SHARE_WINDOW, 1) * SHARE_WINDOW
-        for name, codes in ((method, world.simulated), ("real", world.real)):
-            flags = np.concatenate([onehot[codes[:whole, k]] for k, onehot in enumerate(onehots)], axis=1)
-            size = min(SHARE_WINDOW, len(flags))
-            path = flags.reshape(-1, size, flags.shape[1]).mean(1)
-            shares.setdefault(name, {}).setdefault(event, []).append(path)
-    lengths = sorted(len(paths[0]) for paths in shares["real"].values())
-    horizon = lengths[(len(lengths) - 1) // 2]
+        for name, codes in ((method, world.simulated[:whole]), ("real", world.real[:whole])):
+            path = label_shares(codes, windows(len(codes), SHARE_WINDOW))
+            found.setdefault(name, {}).setdefault(event, []).append(path)
+    lengths = sorted(len(paths[0]) for paths in found["real"].values())
     out = {}
-    for name, events in shares.items():
-        mean = np.full((len(events), horizon, sum(map(len, LABELS.values()))), np.nan)
-        for row, paths in enumerate(events.values()):
-            path = np.mean(paths, axis=0)[:horizon]
-            mean[row, : len(path)] = path
-        out[name] = np.nanmean(mean, axis=0)
-    return out, len(shares["real"])
+    for name, events in found.items():
+        means = [np.mean(paths, axis=0) for paths in events.values()]  # over seeds
+        places = range(lengths[(len(lengths) - 1) // 2])
+        out[name] = np.array([np.mean([path[at] for path in means if len(path) > at], axis=0) for at in places])
+    return out, len(found["real"])
 
 
 def _draw_shares(axes: Sequence[Axes], paths: Mapping[str, np.ndarray], excluded: Iterable[str]) -> None:
-    start = 0
     middle = (np.arange(len(paths["real"])) + 0.5) * SHARE_WINDOW
-    for axis, (dimension, labels) in zip(axes, LABELS.items()):
+    marker = "o" if len(middle) == 1 else None
+    for number, (axis, (dimension, labels)) in enumerate(zip(axes, LABELS.items())):
         # one label a dimension keeps a panel of 13 methods readable: the one whose real share moves most
-        shown = start + int(np.argmax(paths["real"][:, start : start + len(labels)].std(0)))
-        marker = "o" if len(middle) == 1 else None
+        shown = int(np.argmax(paths["real"][:, number].std(0)))
         for method, path in paths.items():
             if method != "real":
-                axis.plot(middle, path[:, shown], marker=marker, **_style(method))
-        axis.plot(middle, paths["real"][:, shown], color="black", linewidth=3, marker=marker, zorder=5)
+                axis.plot(middle, path[:, number, shown], marker=marker, **_style(method))
+        axis.plot(middle, paths["real"][:, number, shown], color="black", linewidth=3, marker=marker, zorder=5)
         note = " (not in the mean)" if dimension in excluded else ""
-        axis.set_title(f"{dimension.replace('_', ' ')}: {labels[shown - start]}{note}", fontsize=11, loc="left")
+        axis.set_title(f"{dimension.replace('_', ' ')}: {labels[shown]}{note}", fontsize=11, loc="left")
         low, high = axis.get_ylim()
-        middle_share, reach = (low + high) / 2, max(high - low, 0.1) / 2
-        axis.set_ylim(max(-0.01, middle_share - reach), min(1.01, middle_share + reach))
+        centre, reach = (low + high) / 2, max(high - low, 0.1) / 2  # no panel magnifies less than 10 points
+        axis.set_ylim(max(-0.01, centre - reach), min(1.01, centre + reach))
         axis.margins(x=0.02)
         axis.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f}%")
         axis.yaxis.set_major_locator(MaxNLocator(5))
-        start += len(labels)
 
 
 def _draw_kl(axis: Axes, metrics: Mapping) -> None:
@@ -170,18 +154,23 @@ def _draw_kl(axis: Axes, metrics: Mapping) -> None:
     axis.set_xlabel("KL(real || simulated) in nats: mean, and 95% interval over events")
 
 
+def _plain(axis: Axes) -> None:
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(color="#E5E5E5", linewidth=0.7)
+    axis.set_axisbelow(True)
+
+
 def _save(figure: Figure, path: Path) -> None:
     content = io.BytesIO()
     FigureCanvasAgg(figure).print_png(content, metadata={"Software": None})
     write_bytes(path, content.getvalue())
 
 
-def figure(rows: Iterable[Mapping] | Worlds, metrics: Mapping, path: Path) -> None:
+def figure(worlds: Worlds, metrics: Mapping, path: Path) -> None:
     """Write the picture of a simulation as PNG: label shares over time, real and simulated, and KL by method.
 
-    rows: trajectory rows, or what `metrics.collect` made of them; metrics: what `metrics.evaluate` made of them.
+    metrics: what `metrics.evaluate` made of the same worlds.
     """
-    worlds = rows if isinstance(rows, dict) else collect(rows)
     paths, events = _paths(worlds)
     methods = len(metrics["methods"])
     with matplotlib.style.context("default"):
@@ -195,9 +184,7 @@ def figure(rows: Iterable[Mapping] | Worlds, metrics: Mapping, path: Path) -> No
         below = page.add_subplot(grid[2, 1:])
         _draw_kl(below, metrics)
         for axis in (*panels, below):
-            axis.spines[["top", "right"]].set_visible(False)
-            axis.grid(color="#E5E5E5", linewidth=0.7)
-            axis.set_axisbelow(True)
+            _plain(axis)
         count = f"{events} event" + ("s" if events != 1 else "")
         page.suptitle(f"Label shares over time, real (black) and simulated: mean of {count}", fontsize=14, y=0.975)
         _save(page, path)
@@ -218,23 +205,19 @@ def loss_curve(rows: Iterable[Mapping], path: Path, keys: Sequence[str] = ("loss
         for key in keys:
             if row.get(key) is not None:
                 curves.setdefault(key, []).append((row["step"], row[key]))
-    colours = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
     with matplotlib.style.context("default"):
         page = Figure(figsize=(6.5 * max(len(stages), 1), 4.2), dpi=100, layout="constrained")
         for axis, (stage, curves) in zip(np.atleast_1d(page.subplots(1, max(len(stages), 1))), stages.items()):
             for key, points in curves.items():
-                colour = colours[list(keys).index(key) % len(colours)]
+                colour = list(_FAMILIES.values())[-1 - list(keys).index(key) % len(_FAMILIES)]
                 steps, values = np.array(points, dtype=float).T
                 span = len(values) // 40
-                axis.plot(steps, values, color=colour, alpha=0.3 if span else 1, marker="" if span else ".",
-                          label=None if span else key)  # fmt: skip
-                if span:
-                    middle = [np.median(values[max(0, k - span) : k + span + 1]) for k in range(len(values))]
-                    axis.plot(steps, middle, color=colour, linewidth=2, label=key)
+                middle = [np.median(values[max(0, k - span) : k + span + 1]) for k in range(len(values))]
+                axis.plot(steps, values, color=colour, alpha=0.3)
+                axis.plot(steps, middle, color=colour, linewidth=2, marker="" if span else ".", label=key)
             axis.set_title(stage, loc="left")
             axis.set_xlabel("step")
-            axis.spines[["top", "right"]].set_visible(False)
-            axis.grid(color="#E5E5E5", linewidth=0.7)
             if curves:
                 axis.legend(frameon=False)
+            _plain(axis)
         _save(page, path)

@@ -9,6 +9,7 @@ settings can be compared byte for byte without them. Whatever the disk refuses i
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -64,25 +65,23 @@ def write_json(path: Path, value: object) -> None:
     write_bytes(path, _json(value, indent=1) + b"\n")
 
 
-def read_json_lines(path: Path) -> Iterator[dict]:
-    """The rows of a JSON Lines file up to the first line that is torn or damaged; none where there is no file."""
+def _valid_lines(path: Path) -> Iterator[tuple[int, dict]]:
+    """Length in bytes and row of each line, up to the first that is torn or damaged."""
     with _reported(path):
-        if not path.exists():
-            return
         with open(path, "rb") as file:
             for line in file:
-                row = _row(line)
-                if row is None:
+                try:
+                    row = json.loads(line) if line.endswith(b"\n") else None
+                except (ValueError, RecursionError):
                     return
-                yield row
+                if not isinstance(row, dict):
+                    return
+                yield len(line), row
 
 
-def _row(line: bytes) -> dict | None:
-    try:
-        row = json.loads(line) if line.endswith(b"\n") else None
-    except (ValueError, RecursionError):
-        return None
-    return row if isinstance(row, dict) else None
+def read_json_lines(path: Path) -> Iterator[dict]:
+    """The rows of a JSON Lines file up to the first line that is torn or damaged; none where there is no file."""
+    return (row for _, row in _valid_lines(path)) if path.exists() else iter(())
 
 
 class JsonLines:
@@ -96,16 +95,10 @@ class JsonLines:
 
     def keep(self, rows: int | None) -> None:
         """Cut the file after its first `rows` rows (None: after all valid ones). `count` is how many there are."""
-        self.count = end = 0
+        lengths = [length for length, _ in itertools.islice(_valid_lines(self.path), rows)]
+        self.count = len(lengths)
         with _reported(self.path):
-            with open(self.path, "rb") as file:
-                for line in file:
-                    if self.count == rows or _row(line) is None:
-                        break
-                    self.count += 1
-                    end += len(line)
-            if os.fstat(self._file).st_size > end:
-                os.ftruncate(self._file, end)
+            os.ftruncate(self._file, sum(lengths))
 
     def append(self, rows: Iterable[Mapping]) -> None:
         """Write rows and wait until they are on the disk, so that what a step reports as done survives a crash."""
@@ -172,27 +165,28 @@ def provenance(inputs: Mapping[str, Path]) -> dict:
 # ---- the folder ----------------------------------------------------------------------------------------------------
 
 
+def _now() -> str:
+    return datetime.now().isoformat("T", "seconds")
+
+
 def default_out() -> Path:
     """A new place for a run: runs/<time>, with a number behind it where that is taken."""
     base = Path("runs") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    candidates = (base.with_name(f"{base.name}-{k}") if k > 1 else base for k in range(1, 1000))
-    return next(path for path in candidates if not path.exists())
-
-
-def _flat(value: Mapping, prefix: str = "") -> dict[str, object]:
-    out: dict[str, object] = {}
-    for key, inner in value.items():
-        out.update(_flat(inner, f"{prefix}{key}.") if isinstance(inner, Mapping) else {f"{prefix}{key}": inner})
-    return out
+    names = (f"{base.name}-{k}" if k > 1 else base.name for k in itertools.count(1))
+    return next(path for path in map(base.with_name, names) if not path.exists())
 
 
 class Run:
-    """An open run folder; see `open_run`. `finished`: it was complete before. `resumed`: it holds an earlier part."""
+    """An open run folder; see `open_run`. `record` is what run.json says."""
 
-    def __init__(self, out: Path, record: dict, finished: bool, resumed: bool) -> None:
-        self.out, self.record, self.finished, self.resumed = out, record, finished, resumed
+    def __init__(self, out: Path, record: dict) -> None:
+        self.out, self.record = out, record
         self.files: list[JsonLines] = []
         self._began = time.monotonic() - record.get("wall_time", 0.0)  # an interrupted run's time counts on
+
+    @property
+    def finished(self) -> bool:
+        return self.record.get("status") == "finished"
 
     def lines(self, name: str) -> JsonLines:
         """The folder's JSON Lines file of that name, open for appending until the run closes."""
@@ -201,30 +195,26 @@ class Run:
 
     def write(self, status: str, **fields: object) -> None:
         """Write run.json: what was given at the start, `fields`, and the time so far in seconds."""
-        ended = datetime.now().isoformat("T", "seconds")
-        times = {"wall_time": round(time.monotonic() - self._began, 3), "ended": ended} if status != "running" else {}
-        self.record = {**self.record, **fields, "status": status, **times}
+        self.record |= {**fields, "status": status}
+        if status != "running":
+            self.record |= {"wall_time": round(time.monotonic() - self._began, 3), "ended": _now()}
         write_json(self.out / RUN_FILE, self.record)
 
     def complete(self, **fields: object) -> None:
         """Mark the run as finished, recording `fields` (those of TIME_FIELDS may differ between equal runs)."""
         self.write("finished", **fields)
-        self.finished = True
 
 
 def _earlier(out: Path, record: Mapping) -> dict | None:
     """The record of the run that `out` holds, None for a folder that holds nothing. InputError if it is another run."""
     try:
-        text = (out / RUN_FILE).read_bytes()
+        earlier = json.loads((out / RUN_FILE).read_bytes())
+        then, now = ({**r["settings"], **{f"sha256.{k}": v for k, v in r["sha256"].items()}} for r in (earlier, record))
     except FileNotFoundError:
         return None
-    try:
-        earlier = json.loads(text)
-        then, now = _flat(earlier["settings"]), _flat(json.loads(_json(record["settings"])))
-        then |= _flat({"sha256": earlier["sha256"]})
-        now |= _flat({"sha256": record["sha256"]})
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f"{out / RUN_FILE}: damaged, cannot resume ({type(error).__name__})") from None
+    now = json.loads(_json(now))  # as the file has it: a tuple is a list
     for key in sorted(then.keys() | now.keys()):
         if then.get(key) != now.get(key):
             raise InputError(f"--resume {out}: {key} was {then.get(key)!r} in that run and is {now.get(key)!r} now")
@@ -264,9 +254,7 @@ def open_run(out: Path, record: Mapping, resume: bool = False) -> Iterator[Run]:
         except BlockingIOError:
             raise InputError(f"--out {out}: another run is writing there") from None
         check_place(out, resume)  # again, now that nobody else can write: it may have just been another run's
-        earlier = _earlier(out, record) or {}
-        new = {"started": datetime.now().isoformat("T", "seconds"), **record}
-        run = Run(out, earlier or new, finished=earlier.get("status") == "finished", resumed=bool(earlier))
+        run = Run(out, _earlier(out, record) or {"started": _now(), **record})
         if not run.finished:
             run.write("running")
         yield run

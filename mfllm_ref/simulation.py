@@ -18,7 +18,7 @@ from mfllm_ref.lm import LanguageModel
 from mfllm_ref.runs import Run, read_json_lines
 from mfllm_ref.society import agora
 from mfllm_ref.society.events import Event
-from mfllm_ref.society.fields import list_field, parse_json, read_text, text_field
+from mfllm_ref.society.fields import a_list, read_json, text_field
 from mfllm_ref.society.readers import load_events
 from mfllm_ref.society.rollout import (
     METHODS, Annotator, Intervention, Method, Rows, Settings, World, complete_steps, horizon, rollout,
@@ -56,8 +56,10 @@ def find_adapters(folder: Path | None, given: Mapping[str, Path | None]) -> dict
     found = {}
     for name in dict.fromkeys(name for m in METHODS.values() for name in (m.policy, m.mean_field) if name):
         path = given.get(name) or (folder / name if folder else None)
-        if path is not None and (given.get(name) or (path / "adapter_config.json").exists()):
+        if path is not None and (path / "adapter_config.json").is_file():
             found[name] = path
+        elif given.get(name):  # refused even where no method asks for it
+            raise InputError(f"--{name}-adapter {path}: holds no adapter_config.json")
     return found
 
 
@@ -83,7 +85,7 @@ def choose_methods(names: str | None, adapters: Mapping[str, Path], warmup: int)
 
 def read_intervention(path: Path, events: Sequence[Event], settings: Settings) -> dict[int, list[tuple[str, str]]]:
     """Inserted actions by step, (profile, text) each, from the JSON of DESIGN section 3. InputError names the fault."""
-    items = parse_json(read_text(path), str(path))
+    items = read_json(path)
     if not isinstance(items, list) or not items:
         raise InputError(f'{path}: must be a list of {{"step", "actions"}}, with at least one')
     steps = max(-(-horizon(event, settings) // settings.batch) for event in events)
@@ -95,18 +97,13 @@ def read_intervention(path: Path, events: Sequence[Event], settings: Settings) -
         step = item["step"]
         if type(step) is not int or not 0 <= step < steps - 1:
             raise InputError(f"{where}: 'step' must be a whole number from 0 to {steps - 2}, so that a step follows")
-        for action in list_field(item, "actions", where):
+        for action in a_list(item["actions"], where, "'actions'"):
             if not isinstance(action, dict) or set(action) != {"profile", "text"}:
                 raise InputError(f'{where}: an action must be an object with "profile" and "text"')
             out.setdefault(step, []).append((text_field(action, "profile", where), text_field(action, "text", where)))
     if not out:
         raise InputError(f"{path}: inserts no action")
     return out
-
-
-def spoken(worlds: Sequence[World], settings: Settings) -> int:
-    """How many actions the language model writes in these worlds."""
-    return sum(horizon(w.event, settings) - settings.warmup for w in worlds if not w.method.resamples)
 
 
 def roll_out(
@@ -125,8 +122,8 @@ def roll_out(
         file.keep(rows)
     done = Rows(*(list(file.rows()) for file in files))
     written, started = 0, time.perf_counter()
-    total, initial = spoken(worlds, settings), _spoken(done.trajectory)
-    with tqdm(total=total, initial=initial, unit="action", disable=not progress, smoothing=0) as bar:
+    total = sum(horizon(w.event, settings) - settings.warmup for w in worlds if not w.method.resamples)
+    with tqdm(total=total, initial=_spoken(done.trajectory), unit="action", disable=not progress, smoothing=0) as bar:
         for rows in rollout(lm, worlds, settings, annotate, intervention, done, likelihood):
             # The trajectory last: a step is complete only when it is.
             for file, new in reversed(list(zip(files, (rows.trajectory, rows.mean_field, rows.likelihood)))):
@@ -158,42 +155,41 @@ def _continued(
         yield annotate(texts, event.language)
 
 
-def floors(events: Sequence[Event], settings: Settings, annotate: Annotator) -> dict[str, dict[str, float]]:
-    """The floor of built-in events, {event: {dimension: KL}}: their true process against continuations of itself."""
+def floors(events: Sequence[Event], settings: Settings, annotate: Annotator) -> dict[str, np.ndarray]:
+    """The floor of built-in events, {event: KL [dimensions]}: their true process against continuations of itself."""
     out = {}
     for event in events:
-        real = annotate([a.text for a in event.actions[settings.warmup : horizon(event, settings)]], event.language)
-        values = [metrics.kl_between(real, other) for other in _continued(event, settings, annotate)]
-        out[event.id] = {name: float(np.mean([value[name] for value in values])) for name in values[0]}
+        texts = [action.text for action in event.actions[settings.warmup : horizon(event, settings)]]
+        real = metrics.encode(annotate(texts, event.language))
+        others = map(metrics.encode, _continued(event, settings, annotate))
+        out[event.id] = np.mean([metrics.kl_between(real, other) for other in others], axis=0)
     return out
 
 
 def effect(
     run: Run, events: Sequence[Event] | None, settings: Settings, annotate: Annotator, intervention: Intervention
 ) -> dict:
-    """What an intervention changed, from the rows with and without it on disk: {"from_step", "effect", "true_effect"}.
-
-    events: those of the built-in world, whose true process is run with and without it too; None elsewhere.
-    """
+    """What an intervention changed, from its next step on, by the rows with and without it on disk: {"from_step",
+    "effect", "true_effect"}. events: of the built-in world, whose true process is asked too; None elsewhere."""
     start = min(intervention) + 1
     files = (read_json_lines(run.out / name) for name in ("trajectory.jsonl", "trajectory-without.jsonl"))
-    out = {"from_step": start, "effect": metrics.intervention_effect(*files, from_step=start), "true_effect": None}
+    sides = [metrics.collect(row for row in rows if row["step"] >= start) for rows in files]
+    out = {"from_step": start, "true_effect": None}
+    pairs = ((key[1], world.simulated, sides[1][key].simulated) for key, world in sides[0].items())
+    out["effect"] = metrics.share_changes(pairs)
     if events is None:
         return {**out, "note": "true_effect is null: the true process of these events is not known"}
-    items = [
+    inserted = [
         {"step": step, "actions": [{"profile": profile, "text": text} for profile, text in actions]}
         for step, actions in intervention.items()
     ]
-
-    def rows(items: Sequence[Mapping] | None) -> Iterator[dict]:
-        for event in events:
-            for seed, labels in enumerate(_continued(event, settings, annotate, items)):
-                for index, row in enumerate(labels, start=settings.warmup):
-                    yield {"event": event.id, "method": "truth", "seed": seed, "step": index // settings.batch,
-                           "index": index, "phase": "rollout", "labels": row, "real_labels": row}  # fmt: skip
-
-    true = metrics.intervention_effect(rows(items), rows(None), from_step=start)
-    return {**out, "true_effect": true["truth"]}
+    first = max(start * settings.batch - settings.warmup, 0)
+    pairs = (
+        ("truth", metrics.encode(after[first:]), metrics.encode(before[first:]))
+        for event in events if horizon(event, settings) > start * settings.batch
+        for after, before in zip(*(_continued(event, settings, annotate, items) for items in (inserted, None)))
+    )  # fmt: skip
+    return {**out, "true_effect": metrics.share_changes(pairs)["truth"]}
 
 
 def digest(events: Sequence[Event]) -> str:

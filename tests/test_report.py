@@ -35,7 +35,8 @@ def make_rows(methods, lengths):
 def measured(methods, lengths):
     rows = make_rows(methods, lengths)
     nll = {method: 2.5 for method in methods if method != "persistence"}
-    return rows, metrics.evaluate(rows, {f"e{k}": "news" for k in range(len(lengths))}, nll=nll, resamples=50)
+    domains = {f"e{k}": "news" for k in range(len(lengths))}
+    return rows, metrics.evaluate(metrics.collect(rows), domains, nll=nll)
 
 
 def test_the_table_has_every_method_aligned_within_100_columns():
@@ -67,7 +68,7 @@ def test_the_table_shows_what_is_null_as_a_dash():
 @pytest.mark.parametrize("methods, lengths", [(ALL, [60, 80, 45]), (["state"], [7]), (["mf-llm", "mine"], [230])])
 def test_the_picture_is_drawn_and_always_the_same(tmp_path, methods, lengths):
     rows, result = measured(methods, lengths)
-    report.figure(rows, result, tmp_path / "a.png")
+    report.figure(metrics.collect(rows), result, tmp_path / "a.png")
     report.figure(metrics.collect(rows), result, tmp_path / "b.png")
     first = (tmp_path / "a.png").read_bytes()
     assert first == (tmp_path / "b.png").read_bytes()
@@ -81,7 +82,7 @@ def test_each_panel_has_every_method_and_the_truth(tmp_path, monkeypatch):
     pages = []
     monkeypatch.setattr(report, "_save", lambda page, path: pages.append(page))
     rows, result = measured(["state", "mf-llm"], [60, 60])
-    report.figure(rows, result, tmp_path / "a.png")
+    report.figure(metrics.collect(rows), result, tmp_path / "a.png")
     page: Figure = pages[0]
     assert len(page.axes) == len(DIMENSIONS) + 1
     stance = page.axes[list(metrics.LABELS).index("stance")]

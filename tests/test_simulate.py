@@ -81,7 +81,8 @@ def rows_of(path):
 def test_every_file_is_there_and_agrees_with_the_others(finished):
     """Rows are the contract's; metrics.json is what the rows say; run.json names weights, data and versions."""
     names = {path.name for path in finished.iterdir() if path.name != runs.LOCK_FILE}
-    assert names == {"run.json", "trajectory.jsonl", "mean_field.jsonl", "metrics.json", "report.png"}
+    contract = {"run.json", "trajectory.jsonl", "mean_field.jsonl", "metrics.json", "report.png"}
+    assert names == contract | {"likelihood.jsonl"}  # what nll is the mean of
     rows, fields = rows_of(finished / "trajectory.jsonl"), rows_of(finished / "mean_field.jsonl")
     assert all(list(row) == KEYS and set(row["labels"]) == set(row["real_labels"]) == set(DIMENSIONS) for row in rows)
     methods = ["state", "recent", "popular", "persistence", "empirical", "mf-llm-no-ib"]
@@ -93,7 +94,7 @@ def test_every_file_is_there_and_agrees_with_the_others(finished):
     result = json.loads((finished / "metrics.json").read_text())
     assert list(result["methods"]) == methods
     events = [agora.event("test", index) for index in (0, 1)]
-    again = metrics.evaluate(rows, {event.id: event.domain for event in events})
+    again = metrics.evaluate(metrics.collect(rows), {event.id: event.domain for event in events})
     for method in methods:
         assert result["methods"][method]["kl"] == again["methods"][method]["kl"]
         assert (result["methods"][method]["nll"] is None) == (method == "persistence")
@@ -167,7 +168,7 @@ def test_events_from_a_file(door, tmp_path):
     assert list(dict.fromkeys(row["event"] for row in rows)) == ["agora-dev-0000", "agora-dev-0001"]
     assert list(dict.fromkeys(row["method"] for row in rows)) == ["state", "recent"]
     result = json.loads((tmp_path / "a" / "metrics.json").read_text())
-    assert result["floor"] == metrics.evaluate(rows, {row["event"]: "x" for row in rows})["floor"]
+    assert result["floor"] == metrics.evaluate(metrics.collect(rows), {row["event"]: "x" for row in rows})["floor"]
 
 
 def test_the_backbone_can_annotate(door, tmp_path):
@@ -218,6 +219,11 @@ BAD = {
     "unknown option": (["--nonsense"], "--nonsense"),
     "resume without a place": (["--resume"], "--out"),
     "no cuda": (["--device", "cuda"], "cuda"),
+    "an adapter that no method asks for": (["--method", "state", "--policy-adapter", "nowhere"], "nowhere"),
+    "a path nobody can look at": (["--data", "x" * 5000], "xxx"),
+    "an intervention nobody can look at": (["--intervene", "x" * 5000], "xxx"),
+    "summaries longer than the backbone": (["--summary-tokens", "1000000000"], "--summary-tokens"),
+    "seeds without end": (["--seeds", "1000000000000"], "--seeds"),
 }
 
 

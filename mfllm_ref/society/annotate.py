@@ -276,7 +276,7 @@ def macro_f1(true: Sequence[str], predicted: Sequence[str]) -> float:
     scores = []
     for label in set(true) | set(predicted):
         hits = sum(t == p == label for t, p in zip(true, predicted))
-        scores.append(2 * hits / (sum(t == label for t in true) + sum(p == label for p in predicted)))
+        scores.append(2 * hits / (true.count(label) + predicted.count(label)))
     return sum(scores) / len(scores)
 
 
@@ -285,37 +285,36 @@ def agreement(events: Iterable[Event], annotator: Annotator) -> dict[str, dict[s
 
     The row `question` asks of every action with a label whether its intent is a question: RumourEval marks only those.
     """
-    pairs: dict[str, list[tuple[str, str]]] = {}
+    pairs: dict[str, list[tuple[str, str]]] = {dimension: [] for dimension in (*DIMENSIONS, "question")}
     for event in events:
         labelled = [action for action in event.actions if action.labels]
         for action, guess in zip(labelled, annotator([action.text for action in labelled], event.language)):
             for dimension, label in action.labels.items():
-                pairs.setdefault(dimension, []).append((label, guess[dimension]))
-            asks = ["yes" if labels.get("intent") == "question" else "no" for labels in (action.labels, guess)]
-            pairs.setdefault("question", []).append((asks[0], asks[1]))
+                pairs[dimension].append((label, guess[dimension]))
+            pairs["question"].append(tuple(str(labels.get("intent") == "question") for labels in (action.labels, guess)))
     table = {}
-    for dimension in (*DIMENSIONS, "question"):
-        true, guessed = zip(*pairs.get(dimension, [("", "")]))
+    for dimension, found in pairs.items():
+        true, guessed = zip(*found) if found else ((), ())
         if len(set(true)) > 1:  # where all actions carry the same label, there is nothing to tell apart
-            majority = [max(sorted(set(true)), key=true.count)] * len(true)
-            row = {"count": len(true)}
-            for name, labels in (("", guessed), ("majority_", majority)):
+            row = table[dimension] = {"count": len(true)}
+            for name, labels in (("", guessed), ("majority_", (max(sorted(set(true)), key=true.count),) * len(true))):
                 row[f"{name}accuracy"] = sum(t == p for t, p in zip(true, labels)) / len(true)
                 row[f"{name}macro_f1"] = macro_f1(true, labels)
-            table[dimension] = row
     return table
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    from mfllm_ref.society import agora, readers  # only the command needs events, the annotators see texts alone
+
     parser = argparse.ArgumentParser(prog="python -m mfllm_ref.society.annotate", description="Agreement of the rules "
                                      "with the labels that events carry, beside always guessing the commonest label.")
-    parser.add_argument("--data", type=Path, help="events with labels (default: the built-in world)")
-    parser.add_argument("--split", default="dev", help="of the built-in world (default: dev)")
-    options = parser.parse_args(arguments)
+    parser.add_argument("--data", type=Path, help="events with labels (default: the built-in world's dev split)")
+    data = parser.parse_args(arguments).data
     try:
-        table = agreement(_events(options.data, options.split), RuleAnnotator())
+        own = (agora.event("dev", index) for index in range(agora.SPLITS["dev"]))
+        table = agreement(readers.load_events(data) if data else own, RuleAnnotator())
         if not table:
-            raise InputError(f"{options.data}: its actions carry no labels to compare with")
+            raise InputError(f"{data}: its actions carry no labels to compare with")
     except InputError as error:
         print(error, file=sys.stderr)
         return 2
@@ -324,17 +323,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         numbers = (row["accuracy"], row["majority_accuracy"], row["macro_f1"], row["majority_macro_f1"])
         print(f"{dimension:<20}" + "".join(f"{number:>10.3f}" for number in numbers) + f"{row['count']:>9}")
     return 0
-
-
-def _events(data: Path | None, split: str) -> list[Event]:
-    # Imported here: only the command needs events from somewhere, the annotators see texts alone.
-    if data is not None:
-        from mfllm_ref.society.readers import load_events
-        return load_events(data)
-    from mfllm_ref.society import agora
-    if split not in agora.SPLITS:
-        raise InputError(f"--split {split}: the built-in world has {', '.join(agora.SPLITS)}")
-    return [agora.event(split, index) for index in range(agora.SPLITS[split])]
 
 
 if __name__ == "__main__":

@@ -12,6 +12,11 @@ from typing import Any
 from mfllm_ref.errors import InputError
 
 
+def read_json(path: Path) -> Any:
+    """What the file holds, see `read_text` and `parse_json`."""
+    return parse_json(read_text(path), str(path))
+
+
 def read_text(path: Path) -> str:
     """The whole file as text, a byte order mark left out."""
     if not path.is_file():
@@ -42,21 +47,18 @@ def parse_json(text: str, where: str) -> Any:
         raise InputError(f"{where}: malformed JSON: {error}") from None
 
 
-def objects(items: Any, where: str, name: str) -> list[dict[str, Any]]:
-    """`items`, if it is a list of JSON objects. `name` says what one of them is."""
-    if not isinstance(items, list):
-        raise InputError(f"{where}: expected a JSON list of {name}s, not {kind(items)}")
-    for item in items:
-        if not isinstance(item, dict):
-            raise InputError(f"{where}: a {name} must be a JSON object, not {kind(item)}")
-    return items
+def an_object(value: Any, where: str, name: str) -> dict[str, Any]:
+    """`value`, if it is a JSON object; `name` says what it stands for."""
+    if not isinstance(value, dict):
+        raise InputError(f"{where}: {name} must be a JSON object, not {kind(value)}")
+    return value
 
 
-def list_field(item: Mapping[str, Any], key: str, where: str) -> list[Any]:
-    """The list `item[key]`."""
-    if not isinstance(item.get(key), list):
-        raise InputError(f"{where}: {key!r} must be a JSON list, not {kind(item.get(key))}")
-    return item[key]
+def a_list(value: Any, where: str, name: str) -> list[Any]:
+    """`value`, if it is a JSON list; `name` says what it stands for."""
+    if not isinstance(value, list):
+        raise InputError(f"{where}: {name} must be a JSON list, not {kind(value)}")
+    return value
 
 
 def text_field(item: Mapping[str, Any], key: str, where: str, default: str | None = None) -> str:

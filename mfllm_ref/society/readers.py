@@ -10,17 +10,17 @@ Popularity holds only what was known when an action was posted: its author's fol
 
 import json
 import math
-import os
 import re
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
 from mfllm_ref.errors import InputError
+from mfllm_ref.runs import write_bytes
 from mfllm_ref.society.events import DIMENSIONS, LANGUAGES, Action, Agent, Event, PublicPost
-from mfllm_ref.society.fields import kind, list_field, number_field, objects, parse_json, read_text, show, text_field
+from mfllm_ref.society.fields import a_list, an_object, number_field, parse_json, read_json, read_text, show, text_field
 
 WEIBO_DOMAIN = "weibo"  # both Weibo sets mix all subjects and name none
 BEIJING = timezone(timedelta(hours=8))  # CED's time stamps are local
@@ -81,48 +81,38 @@ def _file(path: Path) -> Iterator[Event]:
 
 
 def _own(data: Any, where: str) -> Event:
-    if not isinstance(data, dict):
-        raise InputError(f"{where}: an event must be a JSON object, not {kind(data)}")
+    data = an_object(data, where, "an event")
     id = text_field(data, "id", where)
     where = f"{where}: event {show(id)}"
-    actions = []
-    parents = []
-    for index, item in enumerate(list_field(data, "actions", where)):
+    items = a_list(data.get("actions"), where, "'actions'")
+    actions, parents = [], []
+    for index, item in enumerate(items):
         here = f"{where}: action {index}"
-        if not isinstance(item, dict):
-            raise InputError(f"{here}: must be a JSON object, not {kind(item)}")
-        popularity = number_field(item, "popularity", here, default=0.0)
+        item = an_object(item, here, "it")
         agent = Agent(text_field(item, "agent", here), text_field(item, "profile", here, default=""),
                       number_field(item, "reach", here, default=0.0))
-        actions.append(Action(agent, text_field(item, "text", here), number_field(item, "time", here), popularity,
-                              labels=_labels(item, here)))
-        parents.append(item.get("parent"))
-    for index, parent in enumerate(parents):
-        if parent is not None and (type(parent) is not int or not 0 <= parent < len(actions) or parent == index):
-            raise InputError(f"{where}: action {index}: 'parent' must be another action's index, not {show(parent)}")
+        actions.append(Action(agent, text_field(item, "text", here), number_field(item, "time", here),
+                              number_field(item, "popularity", here, default=0.0), labels=_labels(item, here)))
+        parent = item.get("parent")
+        if parent is not None and (type(parent) is not int or not 0 <= parent < len(items) or parent == index):
+            raise InputError(f"{here}: 'parent' must be another action's index, not {show(parent)}")
+        parents.append(parent)
     posts = []
-    for number, item in enumerate(list_field(data, "posts", where) if "posts" in data else ()):
+    for number, item in enumerate(a_list(data.get("posts", []), where, "'posts'")):
         here = f"{where}: post {number}"
-        index = item.get("index") if isinstance(item, dict) else None
+        index = an_object(item, here, "it").get("index")
         if type(index) is not int or not 0 <= index <= len(actions):
             raise InputError(f"{here}: 'index' must be one of 0 to {len(actions)}, not {show(index)}")
         posts.append(PublicPost(index, text_field(item, "text", here)))
-    facts = data.get("facts", {})
-    if not isinstance(facts, dict):
-        raise InputError(f"{where}: 'facts' must be a JSON object, not {kind(facts)}")
-    for name in facts:
-        text_field({"a name": name}, "a name", f"{where}: facts")
-    facts = {name: number_field(facts, name, f"{where}: facts") for name in facts}
+    here = f"{where}: facts"
+    facts = an_object(data.get("facts", {}), where, "'facts'")
+    facts = {text_field({"name": name}, "name", here): number_field(facts, name, here) for name in facts}
     return _event(where, id, text_field(data, "topic", where), text_field(data, "domain", where, default="unknown"),
                   data.get("language"), actions, parents, posts, facts)
 
 
 def _labels(item: Mapping[str, Any], where: str) -> dict[str, str]:
-    labels = item.get("labels")
-    if labels is None:
-        return {}
-    if not isinstance(labels, dict):
-        raise InputError(f"{where}: 'labels' must be a JSON object, not {kind(labels)}")
+    labels = an_object(item["labels"], where, "'labels'") if item.get("labels") is not None else {}
     for dimension, label in labels.items():
         if dimension not in DIMENSIONS:
             raise InputError(f"{where}: unknown dimension {show(dimension)} in 'labels'")
@@ -133,38 +123,20 @@ def _labels(item: Mapping[str, Any], where: str) -> dict[str, str]:
 
 def write_events(events: Iterable[Event], path: Path | str) -> None:
     """Our JSON Lines, one event a line, replaced atomically: `load_events` reads back equal events."""
-    path = Path(path)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            for event in events:
-                file.write(json.dumps(_record(event), ensure_ascii=False, allow_nan=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
+    lines = (json.dumps(_record(event), ensure_ascii=False, allow_nan=False) + "\n" for event in events)
+    write_bytes(Path(path), "".join(lines).encode("utf-8"))
 
 
 def _record(event: Event) -> dict[str, Any]:
-    record: dict[str, Any] = {"id": event.id, "topic": event.topic, "domain": event.domain, "language": event.language}
-    if event.posts:
-        record["posts"] = [{"index": post.index, "text": post.text} for post in event.posts]
-    if event.facts:
-        record["facts"] = dict(event.facts)
-    record["actions"] = actions = []
+    actions = []
     for action in event.actions:
-        item = {"agent": action.agent.id, "profile": action.agent.profile, "text": action.text, "time": action.time,
-                "popularity": action.popularity}
-        if action.agent.reach:
-            item["reach"] = action.agent.reach
-        if action.parent is not None:
-            item["parent"] = action.parent
-        if action.labels:
-            item["labels"] = dict(action.labels)
-        actions.append(item)
-    return record
+        optional = {"reach": action.agent.reach or None, "parent": action.parent, "labels": dict(action.labels) or None}
+        actions.append({"agent": action.agent.id, "profile": action.agent.profile, "text": action.text,
+                        "time": action.time, "popularity": action.popularity,
+                        **{key: value for key, value in optional.items() if value is not None}})
+    posts = [{"index": post.index, "text": post.text} for post in event.posts]
+    return {"id": event.id, "topic": event.topic, "domain": event.domain, "language": event.language, "posts": posts,
+            "facts": dict(event.facts), "actions": actions}
 
 
 # Weibo
@@ -173,7 +145,7 @@ def _record(event: Event) -> dict[str, Any]:
 def _rumdect(path: Path, data: Any) -> Event:
     """A list of posts, the first of which is the topic; an answer names the `mid` of the post it answers."""
     where = f"{path}: event {show(path.stem)}"
-    posts = objects(data, where, "post")
+    posts = [an_object(post, where, "a post") for post in a_list(data, where, "an event")]
     if not posts:
         raise InputError(f"{where}: the list of posts is empty")
     actions = []
@@ -205,9 +177,10 @@ def _ced(path: Path) -> Iterator[Event]:
                  if (file := path / folder / original.name).is_file()]
         if len(found) != 1:
             raise InputError(f"{original}: needs its reposts in rumor-repost/ or non-rumor-repost/, found {len(found)}")
-        topic = objects([parse_json(read_text(original), str(original))], str(original), "microblog")[0]
+        topic = an_object(read_json(original), str(original), "a microblog")
         where = f"{found[0]}: event {show(original.stem)}"
-        posts = objects(parse_json(read_text(found[0]), str(found[0])), where, "repost")[::-1]
+        listed = a_list(read_json(found[0]), where, "what holds the reposts")
+        posts = [an_object(post, where, "a repost") for post in reversed(listed)]
         actions = []
         agents: dict[str, Agent] = {}
         latest = -math.inf
@@ -273,7 +246,7 @@ def _rumoureval(path: Path, stories: Sequence[Path]) -> Iterator[Event]:
             for folder in (thread / "source-tweet", thread / "replies"):
                 for file in _children(folder) if folder.is_dir() else ():
                     if file.suffix == ".json":
-                        tweet = objects([parse_json(read_text(file), str(file))], str(file), "tweet")[0]
+                        tweet = an_object(read_json(file), str(file), "a tweet")
                         key = text_field(tweet, "id_str" if "id_str" in tweet else "id", str(file))
                         answered = text_field(tweet, "in_reply_to_status_id_str", str(file), default="")
                         tweets[key] = (folder.name == "source-tweet", answered,
@@ -288,7 +261,7 @@ def _rumoureval(path: Path, stories: Sequence[Path]) -> Iterator[Event]:
 
 
 def _tweet(tweet: Mapping[str, Any], labels: Mapping[str, str], where: str) -> Action:
-    user = objects([tweet.get("user")], where, "user")[0]
+    user = an_object(tweet.get("user"), where, "'user'")
     followers = number_field(user, "followers_count", where, default=0.0)
     profile = _profile("en", followers, user.get("verified") is True, text_field(user, "location", where, default=""),
                        text_field(user, "description", where, default=""))
@@ -309,8 +282,7 @@ def _annotations(split: Path) -> dict[str, dict[str, str]]:
     for folder in (split.with_name(split.name + "-annotations"), split / "annotations", split):
         for file in _children(folder) if folder.is_dir() else ():
             if file.suffix == ".json" and "subtaskA" in file.name:
-                table = objects([parse_json(read_text(file), str(file))], str(file), "table of labels")[0]
-                for id, label in table.items():
+                for id, label in an_object(read_json(file), str(file), "a table of labels").items():
                     if not isinstance(label, str) or label not in SDQC:
                         raise InputError(f"{file}: tweet {show(id)}: unknown label {show(label)}: {', '.join(SDQC)}")
                     labels[id] = SDQC[label]
@@ -332,11 +304,7 @@ def _event(where: str, id: str, topic: str, domain: str, language: Any, actions:
         raise InputError(f"{where}: has {len(actions)} action{'s' * (len(actions) != 1)}, needs at least two")
     order = sorted(range(len(actions)), key=lambda index: actions[index].time)
     place = {old: new for new, old in enumerate(order)}
-    ordered = []
-    for old in order:
-        action, parent = actions[old], parents[old]
-        ordered.append(action if parent is None else Action(action.agent, action.text, action.time, action.popularity,
-                                                            place[parent], action.labels))
+    ordered = [replace(actions[old], parent=place.get(parents[old])) for old in order]
     return Event(id, topic, domain, language, tuple(ordered), tuple(sorted(posts, key=lambda post: post.index)), facts)
 
 

@@ -34,7 +34,7 @@ def test_json_lines_sorts_by_time_and_moves_parents_along():
     assert [action.agent.id for action in bridge.actions] == ["ada", "cleo", "ben"]
     assert bridge.actions[2] == Action(Agent("ben", "", 2.0), "That is fake. Source?", 30.5, 7.0, 0,
                                        {"stance": "oppose", "intent": "question"})
-    assert bridge.actions[0].agent.reach == 3.0  # no reach given: the post's popularity
+    assert bridge.actions[0].agent.reach == 0.0 and bridge.actions[0].popularity == 3.0  # a post's is not its author's
     assert bridge.posts == (PublicPost(2, "Town hall: the bridge stays open."),)
     assert (bridge.topic, bridge.domain, bridge.language) == ("The old bridge is said to close.", "news", "en")
     assert [action.agent.id for action in teahouse.actions] == ["甲", "乙"]  # tied times keep their order
