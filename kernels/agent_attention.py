@@ -220,13 +220,13 @@ def _grouped(q: Tensor, prefix_k: Tensor, prefix_v: Tensor, suffix_k: Tensor, su
         some, worlds, prefix = piece.agents, piece.worlds, piece.prefix
         own = rows[some] @ suffix_k[some].transpose(2, 3)
         if plan.suffix_mask is not None:
-            own.unflatten(2, (-1, q_len)).add_(plan.suffix_mask[some])
+            own.view(*own.shape[:2], -1, q_len, own.shape[3]).add_(plan.suffix_mask[some])
         if not prefix:
             done.append(own.softmax(dim=-1) @ suffix_v[some])
             continue
         shared = _by_world(rows[some], piece) @ prefix_k[worlds, :, :prefix].transpose(2, 3)
         if piece.mask is not None:
-            shared.unflatten(2, (piece.width, -1, q_len)).add_(piece.mask)
+            shared.view(*shared.shape[:2], piece.width, -1, q_len, prefix).add_(piece.mask)
         shares = torch.cat((shared, _by_world(own, piece)), dim=-1).softmax(dim=-1)
         shared = shares[..., :prefix] @ prefix_v[worlds, :, :prefix]
         own = _by_agent(shares[..., prefix:], piece) @ suffix_v[some]
@@ -238,10 +238,11 @@ def _grouped(q: Tensor, prefix_k: Tensor, prefix_v: Tensor, suffix_k: Tensor, su
 def _by_world(x: Tensor, piece: Piece) -> Tensor:
     """[agents, kv_heads, rows, n] -> [worlds, kv_heads, width * rows, n]"""
     x = x if piece.slots is None else x[piece.slots]
-    return x.unflatten(0, (-1, piece.width)).transpose(1, 2).flatten(2, 3)
+    return x.reshape(-1, piece.width, *x.shape[1:]).transpose(1, 2).flatten(2, 3)
 
 
 def _by_agent(x: Tensor, piece: Piece) -> Tensor:
     """[worlds, kv_heads, width * rows, n] -> [agents, kv_heads, rows, n]"""
-    x = x.unflatten(2, (piece.width, -1)).transpose(1, 2).flatten(0, 1)
+    worlds, kv_heads, rows, n = x.shape
+    x = x.view(worlds, kv_heads, piece.width, rows // piece.width, n).transpose(1, 2).flatten(0, 1)
     return x if piece.back is None else x[piece.back]

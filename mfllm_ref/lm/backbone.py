@@ -81,7 +81,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Ten
 class Attention(nn.Module):
     def __init__(self, config: Config, layer: int) -> None:
         super().__init__()
-        self.layer, self.head_dim, self.window = layer, config.head_dim, config.windows[layer]
+        self.layer, self.window = layer, config.windows[layer]
+        self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
         q_dim, kv_dim = config.heads * config.head_dim, config.kv_heads * config.head_dim
         self.q_proj = Linear(config.dim, q_dim, bias=config.qkv_bias)
         self.k_proj = Linear(config.dim, kv_dim, bias=config.qkv_bias)
@@ -94,9 +95,9 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend | None, wanted: Tensor | None = None
     ) -> Tensor:  # fmt: skip
-        k, v = self.k_proj(x).unflatten(-1, (-1, self.head_dim)), self.v_proj(x).unflatten(-1, (-1, self.head_dim))
+        k, v = (proj(x).view(*x.shape[:2], self.kv_heads, self.head_dim) for proj in (self.k_proj, self.v_proj))
         x = x if wanted is None else x[:, wanted]
-        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))
+        q = self.q_proj(x).view(*x.shape[:2], self.heads, self.head_dim)
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)

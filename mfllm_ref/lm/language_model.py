@@ -30,6 +30,7 @@ from mfllm_ref.lm.worlds import World, common_prefix, run_prefixes, run_step, ru
 
 CACHE_BYTES = 2**30  # keys and values held by one chunk
 LOGITS = 2**24  # logits held at once
+GROWTH = 16  # slots by which a full cache grows: most agents end long before max_new_tokens
 DEAD = 1 / 8  # share of finished rows above which a batch is compacted
 
 Prompt = str | Sequence[int]
@@ -234,7 +235,7 @@ class LanguageModel:
         prefixes = run_prefixes(self.backbone, chunk)
         inputs = [row[len(chunk[w].prefix) :] for row, w in zip(prompts, world, strict=True)]
         lengths = np.array([len(row) for row in inputs])
-        shape = (config.layers, len(prompts), config.kv_heads, int(lengths.max()) + max_new_tokens - 1, config.head_dim)
+        shape = (config.layers, len(prompts), config.kv_heads, int(lengths.max()) + GROWTH, config.head_dim)
         cache_k, cache_v = (torch.zeros(shape, dtype=self.dtype, device=device) for _ in range(2))
 
         def store(layer: int, some: slice, k: Tensor, v: Tensor) -> None:
@@ -277,11 +278,12 @@ class LanguageModel:
             if (~alive).sum() > DEAD * len(alive):
                 rows = np.flatnonzero(alive)
                 keep = torch.from_numpy(rows).to(device)
-                used = int(lengths[rows].max()) + max_new_tokens - 1  # cache slots that may still be needed
-                cache_k, cache_v = (cache[:, keep, :, :used] for cache in (cache_k, cache_v))
+                cache_k, cache_v = (cache.index_select(1, keep) for cache in (cache_k, cache_v))
                 prefixes, world = prefixes.keep(world[rows])
                 lengths, row_of, alive, chosen = lengths[rows], row_of[rows], alive[rows], chosen[keep]
                 seen = None if seen is None else seen[keep]
+            if lengths.max() + step + 1 > cache_k.shape[3]:
+                cache_k, cache_v = (F.pad(cache, (0, 0, 0, GROWTH)) for cache in (cache_k, cache_v))
             hidden = run_step(self.backbone, chosen, lengths + step + 1, world, prefixes, cache_k, cache_v)
         texts = self._texts([row[:count] for row, count in zip(tokens, counts, strict=True)])
         return [text[: min((text.find(s) for s in stop if s in text), default=None)] for text in texts]

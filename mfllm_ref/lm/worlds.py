@@ -192,13 +192,14 @@ def run_step(
     Caches [layers, agents, kv_heads, slots, head_dim] are written in place."""
     longest = int(lengths.max())
     attention = Attention(backbone, prefixes, lengths, world, 1, longest)
-    slot = torch.from_numpy(lengths - 1).to(ids.device)
-    agent = torch.arange(len(lengths), device=ids.device)
+    _, agents, kv_heads, slots, head_dim = cache_k.shape
+    row = np.arange(agents * kv_heads).reshape(agents, -1) * slots + lengths[:, None] - 1  # in [.., head_dim]
+    row = torch.from_numpy(row.ravel()).to(ids.device)
     positions = torch.from_numpy(prefixes.lengths.numpy()[world] + lengths - 1).to(ids.device)[:, None]
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        cache_k[layer, agent, :, slot] = k[:, :, 0]
-        cache_v[layer, agent, :, slot] = v[:, :, 0]
+        for cache, new in ((cache_k, k), (cache_v, v)):
+            cache[layer].view(-1, head_dim).index_copy_(0, row, new.reshape(-1, head_dim))
         return attention(layer, q, cache_k[layer, :, :, :longest], cache_v[layer, :, :, :longest])
 
     return backbone.hidden(ids[:, None], positions, attend)[:, 0]
