@@ -97,7 +97,7 @@ def main() -> None:
         lm.load_adapter(name, path)
     if max(tokens) >= lm.backbone.config.max_positions:
         where = f"{backbone} has {lm.backbone.config.max_positions} positions"
-        raise doors.InputError(f"--action-tokens {tokens[0]} and --summary-tokens {tokens[1]}: {where}, prompt included")
+        raise doors.InputError(f"--action-tokens {tokens[0]} and --summary-tokens {tokens[1]}: {where}, with the prompt")
     if args.chat:
         lm.tokenizer.chat([{"role": "user", "content": "?"}])  # refuses a checkpoint without a template
     annotate = LMAnnotator(lm) if args.annotator == "lm" else RuleAnnotator()

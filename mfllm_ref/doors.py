@@ -22,7 +22,7 @@ class Parser(argparse.ArgumentParser):
 def add_common(parser: argparse.ArgumentParser) -> None:
     """The options of both doors."""
     group = parser.add_argument_group("running")
-    group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where there is one")
+    group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if there is one")
     group.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights; auto: float32 on CPU")
     group.add_argument("--seed", type=natural, default=0, help="of all sampling (default: 0)")
     group.add_argument("--threads", type=whole(1, 1024), default=None, help="CPU threads (default: all cores)")

@@ -2,8 +2,8 @@
 
 Notable: the contract functions come first and check what they are given; everything after them works on counts of all
 dimensions at once, the label axis padded to the longest dimension (padding counts nothing, and no smoothing reaches
-it). Every measure is taken per event, seed and dimension, then averaged over dimensions, seeds and events in that order;
-the interval resamples events, the unit that is independent, and the same draws serve every method.
+it). Every measure is taken per event, seed and dimension, then averaged over dimensions, seeds and events, in that
+order; the interval resamples events, the unit that is independent, and the same draws serve every method.
 """
 
 import zlib
@@ -232,7 +232,7 @@ def split_half_floor(real: np.ndarray, seed: int | Sequence[int] = 0, splits: in
     window (sampling KL falls as 1/n), mean over windows and `splits`. real: codes [actions, dimensions]."""
     rng, ids = np.random.default_rng(seed), windows(len(real), WINDOW)
     sizes = np.bincount(ids)
-    second = np.arange(len(real)) - (np.cumsum(sizes) - sizes)[ids] >= sizes[ids] // 2  # places in a window's second half
+    second = np.arange(len(real)) - (np.cumsum(sizes) - sizes)[ids] >= sizes[ids] // 2  # places in a window's 2nd half
     total = np.zeros(len(LABELS))
     for _ in range(splits):
         shuffled = real[np.lexsort((rng.random(len(real)), ids))]  # each window within itself

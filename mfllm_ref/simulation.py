@@ -110,8 +110,8 @@ def roll_out(
     run: Run, suffix: str, lm: LanguageModel, worlds: Sequence[World], settings: Settings, annotate: Annotator,
     intervention: Intervention | None, likelihood: bool, progress: bool,
 ) -> tuple[int, float]:  # fmt: skip
-    """Roll the worlds out into trajectory<suffix>.jsonl, mean_field<suffix>.jsonl and (with `likelihood`) likelihood.jsonl
-    of the run's folder, or go on there.
+    """Roll the worlds out into the run's trajectory<suffix>.jsonl, mean_field<suffix>.jsonl and (with `likelihood`)
+    likelihood.jsonl, or go on there.
 
     Returns how many actions the language model wrote now, and the seconds that took.
     """
@@ -138,7 +138,7 @@ def _spoken(rows: Sequence[Mapping]) -> int:
 
 
 def nll(rows: Iterable[Mapping]) -> dict[str, float]:
-    """Mean negative log-likelihood in nats per token of the real actions under each method, from likelihood.jsonl's rows."""
+    """Mean negative log-likelihood in nats per token of the real actions by method, from likelihood.jsonl's rows."""
     total: dict[str, np.ndarray] = {}
     for row in rows:
         total[row["method"]] = total.get(row["method"], np.zeros(2)) + (row["nll"], row["tokens"])

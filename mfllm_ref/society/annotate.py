@@ -291,7 +291,8 @@ def agreement(events: Iterable[Event], annotator: Annotator) -> dict[str, dict[s
         for action, guess in zip(labelled, annotator([action.text for action in labelled], event.language)):
             for dimension, label in action.labels.items():
                 pairs[dimension].append((label, guess[dimension]))
-            pairs["question"].append(tuple(str(labels.get("intent") == "question") for labels in (action.labels, guess)))
+            asks = [str(labels.get("intent") == "question") for labels in (action.labels, guess)]
+            pairs["question"].append((asks[0], asks[1]))
     table = {}
     for dimension, found in pairs.items():
         true, guessed = zip(*found) if found else ((), ())

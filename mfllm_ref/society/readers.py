@@ -85,18 +85,17 @@ def _own(data: Any, where: str) -> Event:
     id = text_field(data, "id", where)
     where = f"{where}: event {show(id)}"
     items = a_list(data.get("actions"), where, "'actions'")
-    actions, parents = [], []
+    actions = []
     for index, item in enumerate(items):
         here = f"{where}: action {index}"
         item = an_object(item, here, "it")
-        agent = Agent(text_field(item, "agent", here), text_field(item, "profile", here, default=""),
-                      number_field(item, "reach", here, default=0.0))
-        actions.append(Action(agent, text_field(item, "text", here), number_field(item, "time", here),
-                              number_field(item, "popularity", here, default=0.0), labels=_labels(item, here)))
         parent = item.get("parent")
         if parent is not None and (type(parent) is not int or not 0 <= parent < len(items) or parent == index):
             raise InputError(f"{here}: 'parent' must be another action's index, not {show(parent)}")
-        parents.append(parent)
+        agent = Agent(text_field(item, "agent", here), text_field(item, "profile", here, default=""),
+                      number_field(item, "reach", here, default=0.0))
+        actions.append(Action(agent, text_field(item, "text", here), number_field(item, "time", here),
+                              number_field(item, "popularity", here, default=0.0), parent, _labels(item, here)))
     posts = []
     for number, item in enumerate(a_list(data.get("posts", []), where, "'posts'")):
         here = f"{where}: post {number}"
@@ -108,7 +107,7 @@ def _own(data: Any, where: str) -> Event:
     facts = an_object(data.get("facts", {}), where, "'facts'")
     facts = {text_field({"name": name}, "name", here): number_field(facts, name, here) for name in facts}
     return _event(where, id, text_field(data, "topic", where), text_field(data, "domain", where, default="unknown"),
-                  data.get("language"), actions, parents, posts, facts)
+                  data.get("language"), actions, posts, facts)
 
 
 def _labels(item: Mapping[str, Any], where: str) -> dict[str, str]:
@@ -159,8 +158,8 @@ def _rumdect(path: Path, data: Any) -> Event:
         actions.append(Action(agent, _weibo_text(post, here), number_field(post, "t", here), followers))
     ids = [text_field(post, "mid" if "mid" in post else "id", where, default="") for post in posts[1:]]
     answered = [text_field(post, "parent", where, default="") for post in posts[1:]]
-    return _event(where, path.stem, _weibo_text(posts[0], f"{where}: post 0"), WEIBO_DOMAIN, "zh", actions,
-                  _answers(ids, answered))
+    return _event(where, path.stem, _weibo_text(posts[0], f"{where}: post 0"), WEIBO_DOMAIN, "zh",
+                  _linked(actions, ids, answered))
 
 
 def _weibo_text(post: Mapping[str, Any], where: str) -> str:
@@ -190,9 +189,9 @@ def _ced(path: Path) -> Iterator[Event]:
             uid = text_field(post, "uid", here)
             actions.append(Action(agents.setdefault(uid, Agent(uid)), text_field(post, "text", here), time))
         ids = [text_field(post, "mid", where, default="") for post in posts]
-        parents = _answers(ids, [text_field(post, "parent", where, default="") for post in posts])
+        answered = [text_field(post, "parent", where, default="") for post in posts]
         title = text_field(topic, "text", str(original))
-        yield _event(where, original.stem, title, WEIBO_DOMAIN, "zh", actions, parents)
+        yield _event(where, original.stem, title, WEIBO_DOMAIN, "zh", _linked(actions, ids, answered))
 
 
 def _ced_time(date: str, latest: float, where: str) -> float:
@@ -214,10 +213,11 @@ def _ced_time(date: str, latest: float, where: str) -> float:
     raise InputError(f"{where}: {show(date)} is no date")
 
 
-def _answers(ids: Sequence[str], answered: Sequence[str]) -> list[int | None]:
-    """Index of the action each one answers: None for the topic's own post or one that is not in the file."""
+def _linked(actions: Sequence[Action], ids: Sequence[str], answered: Sequence[str]) -> list[Action]:
+    """The actions with the index of the one each answers: None for the topic's own post or one not in the file."""
     index = {id: number for number, id in reversed(list(enumerate(ids))) if id}
-    return [None if (parent := index.get(id)) == number else parent for number, id in enumerate(answered)]
+    parents = (None if index.get(id) == number else index.get(id) for number, id in enumerate(answered))
+    return [replace(action, parent=parent) for action, parent in zip(actions, parents)]
 
 
 # RumourEval-2017
@@ -256,8 +256,8 @@ def _rumoureval(path: Path, stories: Sequence[Path]) -> Iterator[Event]:
         if not sources:
             raise InputError(f"{where}: no thread has a source tweet")
         # A story's name says little; the tweet that opens it says what it is about.
-        yield _event(where, id, f"{story.name}: {sources[0]}", "news", "en", [tweets[key][2] for key in ordered],
-                     _answers(ordered, [tweets[key][1] for key in ordered]))
+        _, answered, actions = zip(*(tweets[key] for key in ordered))
+        yield _event(where, id, f"{story.name}: {sources[0]}", "news", "en", _linked(actions, ordered, answered))
 
 
 def _tweet(tweet: Mapping[str, Any], labels: Mapping[str, str], where: str) -> Action:
@@ -293,8 +293,8 @@ def _annotations(split: Path) -> dict[str, dict[str, str]]:
 
 
 def _event(where: str, id: str, topic: str, domain: str, language: Any, actions: Sequence[Action],
-           parents: Sequence[int | None], posts: Sequence[PublicPost] = (), facts: Mapping[str, float] = {}) -> Event:
-    """Sorts the actions by time (stably) and moves `parents`, given as positions before the sort, along with them."""
+           posts: Sequence[PublicPost] = (), facts: Mapping[str, float] = {}) -> Event:
+    """Sorts the actions by time (stably); their parents, positions before the sort, move along with them."""
     text_field({"id": id}, "id", where)  # a file's name may hold what no text may
     if not topic.strip():
         raise InputError(f"{where}: the topic is empty")
@@ -304,7 +304,7 @@ def _event(where: str, id: str, topic: str, domain: str, language: Any, actions:
         raise InputError(f"{where}: has {len(actions)} action{'s' * (len(actions) != 1)}, needs at least two")
     order = sorted(range(len(actions)), key=lambda index: actions[index].time)
     place = {old: new for new, old in enumerate(order)}
-    ordered = [replace(actions[old], parent=place.get(parents[old])) for old in order]
+    ordered = [replace(actions[old], parent=place.get(actions[old].parent)) for old in order]
     return Event(id, topic, domain, language, tuple(ordered), tuple(sorted(posts, key=lambda post: post.index)), facts)
 
 
