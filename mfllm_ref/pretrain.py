@@ -35,9 +35,13 @@ from mfllm_ref.society.response import WATCHED, response_curve, slope
 
 HELD_OUT = 20  # events that the response curve is drawn on
 END = "<|endoftext|>"
-# Newlines stand alone (they end prompts and sections), an emoticon in brackets is one piece, and a percentage is its digits,
-# the last one with its sign: ten tens and ten units are learned from less data than a hundred numbers.
-PIECES = r"\n|\[[^\[\]\s]{1,8}\]| ?100%| ?\d%| ?\d| ?[\p{L}\p{M}]+('\p{L}+)?| ?[^\s\p{L}\p{N}]| ?\p{N}|\s"
+# Newlines stand alone (they end prompts and sections), and an emoticon in brackets is one piece. A label and the tens of its
+# percentage are one piece (` oppose 4`, then `3%`): what the population does can then be read off single tokens by any
+# attention head, where label and digits apart would first have to be brought together.
+PIECES = (
+    r"\n|\[[^\[\]\s]{1,8}\]| ?[\p{L}\p{M}]+ ?(?:10(?=0%)|\d(?=\d%))| ?\d%| ?\d| ?[\p{L}\p{M}]+('\p{L}+)?"
+    r"| ?[^\s\p{L}\p{N}]| ?\p{N}|\s"
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,12 +62,13 @@ def test_the_tokenizer_decodes_what_it_encoded(random_lm, text):
     assert 0 not in ids
 
 
-def test_percentages_are_digits():
-    """The tens stand alone and the units with their sign, wherever a percentage is: few pieces, all of them frequent."""
-    trained = pretrain.train_tokenizer(["support 43% oppose 05% neutral 100% 52% 17%"] * 20, 400)
-    pieces = trained.encode("oppose 43% neutral 05% support 100%").tokens
-    assert [p.strip() for p in pieces if "%" in p] == ["3%", "5%", "100%"]
-    assert [p.strip() for p in pieces if p.strip().isdigit()] == ["4", "0"]
+def test_a_label_and_its_tens_are_one_piece():
+    """Units stand alone with their sign; wherever a share is stated, one token holds the label and the tens."""
+    trained = pretrain.train_tokenizer(["stance: support 43% oppose 05% neutral 100%; 支持43% 反对05%"] * 20, 900)
+    assert trained.encode("stance: oppose 05% neutral 100% support 43%").tokens[2:] == [
+        " oppose 0", "5%", " neutral 10", "0%", " support 4", "3%",
+    ]  # fmt: skip
+    assert trained.encode("支持43% 反对05%").tokens == ["支持4", "3%", " 反对0", "5%"]
 
 
 def test_optimizer_state_survives_tensors():
