@@ -30,8 +30,9 @@ from mfllm_ref.runs import Run, write_bytes, write_json
 from mfllm_ref.society import agora
 from mfllm_ref.society.annotate import RuleAnnotator
 from mfllm_ref.society.corpus import Corpus, Document, Mixture, Past, pretraining_part
-from mfllm_ref.society.events import Event
+from mfllm_ref.society.events import DIMENSIONS, Event
 from mfllm_ref.society.response import WATCHED, response_curve, slope
+from mfllm_ref.society.signals import verbalise
 
 HELD_OUT = 20  # events that the response curve is drawn on
 END = "<|endoftext|>"
@@ -107,10 +108,13 @@ def tokenizer_files() -> dict[str, dict[str, object]]:
 
 
 def sample_texts(corpus: Corpus, count: int, seed: int) -> Iterator[str]:
-    """Texts to train a tokenizer on: whole documents, as the backbone will see them."""
+    """Texts to train a tokenizer on: whole documents, as the backbone will see them, and as many random populations in
+    words, so that every label with every tens is frequent enough to be one token."""
     rng = np.random.default_rng([seed, 0])
     for _ in range(count):
         _, document = corpus.draw(rng)
+        shares = {dimension: rng.dirichlet(np.full(len(names), 0.5)) for dimension, names in DIMENSIONS.items()}
+        yield verbalise(shares, corpus.past(0).event.language)
         yield document.prefix
         for private, target in document.branches:
             yield private
