@@ -72,7 +72,7 @@ class Piece:
     prefix: int  # keys in the longest of its prefixes
     slots: Tensor | None  # int64 [worlds * width]: which agent (counted in the piece) fills a slot; None: all in order
     back: Tensor | None  # int64 [agents]: the slot of each agent
-    mask: Tensor | None  # 0, -inf on prefix keys not seen: broadcasts to [worlds, kv_heads, width, group, q_len, prefix]
+    mask: Tensor | None  # 0, -inf on keys not seen: broadcasts to [worlds, kv_heads, width, group, q_len, prefix]
 
 
 class Plan:
