@@ -72,7 +72,7 @@ class Piece:
     prefix: int  # keys in the longest of its prefixes
     slots: Tensor | None  # int64 [worlds * width]: which agent (counted in the piece) fills a slot; None: all in order
     back: Tensor | None  # int64 [agents]: the slot of each agent
-    mask: Tensor | None  # 0, or -inf on prefix keys not seen: broadcasts to [worlds, kv_heads, width, group, q_len, prefix]
+    mask: Tensor | None  # 0, -inf on keys not seen: broadcasts to [worlds, kv_heads, width, group, q_len, prefix]
 
 
 class Plan:
@@ -98,7 +98,6 @@ class Plan:
             window = None
         row = own[:, None] - q_len + np.arange(q_len)
         self.shape, self.device = (len(of), heads, q_len), device
-        self.prefix_slots, self.suffix_slots = (prefix, prefix_max), (own, suffix_max)
         self.padding = torch.from_numpy(row < 0).to(device)[:, None, :, None] if (row < 0).any() else None
         # A padding row sees its first slot, so that no softmax is over nothing; its result is thrown away.
         last, key = np.maximum(row, 0)[:, :, None], np.arange(suffix_max)
@@ -116,10 +115,6 @@ class Plan:
         """What to add to scores, float32: -inf where hidden. None if nothing is."""
         mask = np.where(hidden, np.float32(-np.inf), np.float32(0))
         return torch.from_numpy(mask).to(self.device) if hidden.any() else None
-
-    def unused(self, slots: tuple[np.ndarray, int]) -> Tensor:
-        """bool [.., 1, slots, 1]: slots beyond the lengths; of `prefix_slots` or `suffix_slots`."""
-        return torch.from_numpy(np.arange(slots[1]) >= slots[0][:, None]).to(self.device)[:, None, :, None]
 
     def _piece(
         self, run: tuple[int, int, int, int], counts: np.ndarray, ends: np.ndarray, prefix: np.ndarray,
@@ -194,21 +189,16 @@ def agent_attention(
     if agents == 0 or q_len == 0 or suffix_k.shape[2] == 0:
         return q.masked_fill(torch.ones((), dtype=torch.bool, device=q.device), 0)
     tensors = [x.to(torch.promote_types(q.dtype, torch.float32)) for x in (q, prefix_k, prefix_v, suffix_k, suffix_v)]
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-        return _grouped(*_clean(tensors, plan), plan).to(q.dtype)
-    out = _grouped(*tensors, plan)
-    if not math.isfinite(out.sum()):
-        out = _grouped(*_clean(tensors, plan), plan)
-    return out.to(q.dtype)
-
-
-def _clean(tensors: list[Tensor], plan: Plan) -> list[Tensor]:
-    """The same tensors with 0 in padding rows and unused slots."""
-    q, prefix_k, prefix_v, suffix_k, suffix_v = tensors
-    q = q if plan.padding is None else q.masked_fill(plan.padding, 0)
-    before, own = plan.unused(plan.prefix_slots), plan.unused(plan.suffix_slots)
-    return [q, *(x.masked_fill(before, 0) for x in (prefix_k, prefix_v)),
-            *(x.masked_fill(own, 0) for x in (suffix_k, suffix_v))]  # fmt: skip
+    differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    if not differentiable:
+        out = _grouped(*tensors, plan)
+        if math.isfinite(out.sum()):
+            return out.to(q.dtype)
+    clean = [tensors[0] if plan.padding is None else tensors[0].masked_fill(plan.padding, 0)]
+    for x, length in zip(tensors[1:], (prefix_len, prefix_len, suffix_len, suffix_len), strict=True):
+        unused = torch.arange(x.shape[2], device=x.device) >= length.to(x.device)[:, None]
+        clean.append(x.masked_fill(unused[:, None, :, None], 0))
+    return _grouped(*clean, plan).to(q.dtype)
 
 
 def _grouped(q: Tensor, prefix_k: Tensor, prefix_v: Tensor, suffix_k: Tensor, suffix_v: Tensor, plan: Plan) -> Tensor:

@@ -11,7 +11,7 @@ Notable:
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -44,9 +44,13 @@ def load_backbone(path: str | Path, device: str | torch.device = "cpu", dtype: t
     with torch.device("meta"):
         backbone = Backbone(config)
     expected = {name: tuple(tensor.shape) for name, tensor in backbone.named_parameters()}  # a tied head counts once
-    files = _shards(folder)
+    index = _index(folder)
+    files = sorted({folder / entry for entry in index.values()}) or [folder / WEIGHTS]
     optional = {HEAD: expected[EMBEDDING]} if config.tied else {}
     stored = locate_tensors(files, expected, optional, ignored=lambda name: name.endswith(IGNORED))
+    for name, entry in index.items():
+        if stored.get(name, folder).name != entry and not name.endswith(IGNORED):
+            raise InputError(f"{folder / entry}: missing tensor {name!r}, which {INDEX} says is here")
     if config.tied and HEAD in stored:
         _compare(stored, HEAD, EMBEDDING)
     tensors = {name: read_tensor(stored[name], name, shape, device, dtype) for name, shape in expected.items()}
@@ -83,9 +87,9 @@ def read_json(path: str | Path, unique: bool = False) -> Any:
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such file")
+    if path.stat().st_size > LARGEST_JSON:
+        raise InputError(f"{path}: larger than {LARGEST_JSON} bytes, which no such file is")
     try:
-        if path.stat().st_size > LARGEST_JSON:
-            raise InputError(f"{path}: larger than {LARGEST_JSON} bytes, which no such file is")
         return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse, object_pairs_hook=pairs)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
@@ -93,17 +97,16 @@ def read_json(path: str | Path, unique: bool = False) -> Any:
         raise InputError(f"{path}: JSON nested too deeply") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 ({error})") from error
-    except InputError:
-        raise
     except ValueError as error:
         raise InputError(f"{path}: not valid JSON ({error})") from error
 
 
-def _shards(folder: Path) -> list[Path]:
-    """A checkpoint folder's weight files, checked against the index if there is one. A whole file wins over shards."""
-    if (folder / WEIGHTS).exists() or not (folder / INDEX).exists():
-        return [folder / WEIGHTS]
+def _index(folder: Path) -> dict[str, str]:
+    """Which file holds which tensor, as the index of a sharded checkpoint says; {} if there is a whole file, which
+    wins, or neither."""
     index = folder / INDEX
+    if (folder / WEIGHTS).exists() or not index.exists():
+        return {}
     content = read_json(index, unique=True)
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
@@ -112,18 +115,7 @@ def _shards(folder: Path) -> list[Path]:
         # Anything but a bare name could reach outside the folder. (A symbolic link is the user's own: it is followed.)
         if not isinstance(entry, str) or entry in ("", ".", "..") or any(mark in entry for mark in "/\\\0"):
             raise InputError(f"{index}: the entry {entry!r:.80} of tensor {name!r} is not a bare file name")
-    held: dict[Path, set[str]] = {}
-    for entry in sorted(set(weight_map.values())):
-        with open_tensors(folder / entry) as handle:
-            held[folder / entry] = set(handle.keys())
-    for file, names in held.items():
-        mapped = {name for name, entry in weight_map.items() if entry == file.name}
-        for name in sorted(mapped - names):
-            raise InputError(f"{file}: missing tensor {name!r}, which the index says is here")
-        for name in sorted(names - mapped):
-            if name in weight_map:
-                raise InputError(f"{file}: duplicate tensor {name!r}, which the index says is in {weight_map[name]}")
-    return list(held)
+    return weight_map
 
 
 @contextmanager
@@ -139,14 +131,12 @@ def open_tensors(file: Path) -> Iterator[Any]:
 
 
 def locate_tensors(
-    files: Iterable[Path],
-    expected: Mapping[str, tuple[int, ...]],
-    optional: Mapping[str, tuple[int, ...]] | None = None,
-    ignored: Callable[[str], bool] = lambda name: False,
-) -> dict[str, Path]:
+    files: Sequence[Path], expected: Mapping[str, tuple[int, ...]],
+    optional: Mapping[str, tuple[int, ...]] | None = None, ignored: Callable[[str], bool] = lambda name: False,
+) -> dict[str, Path]:  # fmt: skip
     """Which of `files` holds which tensor, after checking that together they hold each `expected` tensor (name ->
     shape) once, perhaps the `optional` ones, no other but `ignored` names, all floats. Reads headers only."""
-    files, shapes, stored = list(files), dict(optional or {}) | dict(expected), {}
+    shapes, stored = {**(optional or {}), **expected}, {}
     for file in files:
         with open_tensors(file) as handle:
             for name in handle.keys():

@@ -59,18 +59,10 @@ class Adapters:
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._merged: dict[str, nn.Parameter] = {}  # the original weights, by layer path, while an adapter is merged
 
-    def __contains__(self, name: str) -> bool:
-        return name in self.adapters
-
     def add(
-        self,
-        name: str,
-        rank: int = 8,
-        alpha: float = 16.0,
-        targets: Sequence[str] | str = ("q_proj", "v_proj"),
-        seed: int | None = None,
-        **options: Any,
-    ) -> None:
+        self, name: str, rank: int = 8, alpha: float = 16.0, targets: Sequence[str] | str = ("q_proj", "v_proj"),
+        seed: int | None = None, **options: Any,
+    ) -> None:  # fmt: skip
         """A fresh trainable adapter that changes nothing yet: A Kaiming-uniform as in nn.Linear (from `seed`, else the
         global generator), B zero, scale alpha / rank. `targets`: layer names or path endings, a regular expression for
         whole paths, or "all-linear"; `options`: more PEFT options (use_rslora, rank_pattern, ...). Raises InputError.
@@ -119,13 +111,6 @@ class Adapters:
         for layer, (a, b, _) in adapter.layers.items():
             tensors |= dict(zip(_keys(layer), (a.detach().cpu(), b.detach().cpu()), strict=True))
         save_folder(Path(path), (CONFIG, config), (WEIGHTS, tensors))
-
-    def remove(self, name: str) -> None:
-        """Forget an adapter, switching it off first if it is the active one."""
-        self._get(name)
-        if self.active == name:
-            self.activate(None)
-        del self.adapters[name]
 
     def parameters(self, name: str) -> list[nn.Parameter]:
         """The adapter's A and B, layer by layer, for an optimiser."""

@@ -271,7 +271,7 @@ def test_what_would_change_the_result_is_refused_by_name(kind: str, tmp_path: Pa
     apply(tmp_path)
     with pytest.raises(InputError) as error:
         adapters.load("b", tmp_path)
-    assert named in str(error.value) and "\n" not in str(error.value) and "b" not in adapters
+    assert named in str(error.value) and "\n" not in str(error.value) and "b" not in adapters.adapters
 
 
 def test_an_adapter_for_another_backbone_is_refused(tmp_path: Path) -> None:
@@ -296,6 +296,3 @@ def test_names_must_be_new_to_add_and_known_to_use(tmp_path: Path) -> None:
     ):  # fmt: skip
         with pytest.raises(InputError):
             misuse()
-    adapters.activate("a")
-    adapters.remove("a")
-    assert adapters.active is None and "a" not in adapters
