@@ -35,6 +35,7 @@ from mfllm_ref.society.response import WATCHED, response_curve, slope
 from mfllm_ref.society.signals import verbalise
 
 HELD_OUT = 20  # events that the response curve is drawn on
+TOKENIZER_DOCUMENTS = 6000  # that the tokenizer is trained on
 END = "<|endoftext|>"
 # Newlines stand alone (they end prompts and sections), and an emoticon in brackets is one piece. A label and the tens of its
 # percentage are one piece (` oppose 4`, then `3%`): what the population does can then be read off single tokens by any
@@ -317,7 +318,7 @@ def run(run: Run, settings: Mapping[str, Any], events: Sequence[Event] | None, d
     """
     corpus, held_out = corpora(events, settings["batch"])
     if not (run.out / "tokenizer.json").exists():
-        trained = train_tokenizer(sample_texts(corpus, 6000, settings["seed"]), SHAPES[settings["shape"]].vocab)
+        trained = train_tokenizer(sample_texts(corpus, TOKENIZER_DOCUMENTS, settings["seed"]), SHAPES[settings["shape"]].vocab)
         for name, content in tokenizer_files().items():
             write_json(run.out / name, content)
         write_bytes(run.out / "tokenizer.json", trained.to_str(pretty=False).encode())

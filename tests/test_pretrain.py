@@ -136,6 +136,9 @@ def door(monkeypatch, capsys):
 def test_a_pretrained_folder_loads_in_transformers_and_a_killed_run_resumes_to_the_same_bytes(
     small_data, tmp_path, monkeypatch, door
 ):
+    # All as in earnest, but small.
+    monkeypatch.setitem(pretrain.SHAPES, "tiny", pretrain.Shape(32, 2, 4, 2, 48, 700))
+    monkeypatch.setattr(pretrain, "TOKENIZER_DOCUMENTS", 100)
     options = ["--data", small_data, "--shape", "tiny", "--steps", 4, "--rows", 2, "--save-every", 2, "--threads", 1]
     assert door(*options, "--out", tmp_path / "whole")[0] == 0
     lm = LanguageModel.load(tmp_path / "whole")
