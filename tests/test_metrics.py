@@ -388,10 +388,8 @@ def test_paired_bootstrap_finds_a_shift_under_common_noise():
 
 def test_share_changes_are_differences_of_shares_that_worlds_weigh_alike():
     """Each world's difference counts once, whatever its length; where nothing changed every difference is zero."""
-    all_for, half, against = (
-        metrics.encode(map(full, labels))
-        for labels in (["support"] * 30, ["support"] * 15 + ["oppose"] * 15, ["oppose"] * 10)
-    )
+    actions = (["support"] * 30, ["support"] * 15 + ["oppose"] * 15, ["oppose"] * 10)
+    all_for, half, against = (metrics.encode(map(full, labels)) for labels in actions)
     changes = metrics.share_changes([("state", all_for, half), ("recent", half, half)])
     assert changes["state"]["stance"] == {"oppose": -0.5, "neutral": 0, "support": 0.5}
     assert set(changes["state"]) == set(DIMENSIONS)
