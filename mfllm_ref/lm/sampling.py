@@ -29,7 +29,8 @@ def hash_seeds(seeds: Sequence[int]) -> np.ndarray:
 def uniforms(hashed: np.ndarray, position: int) -> np.ndarray:
     """float64 [agents] in [0, 1), multiples of 2^-53: the noise of `hash_seeds`' agents for their position-th token."""
     step = _mix(np.array([position], dtype=np.uint64) * _WEYL + _WEYL)
-    return (_mix(hashed ^ step) >> np.uint64(11)) * 2.0**-53
+    # The sum keeps seed 0 at position 0, whose scrambled halves are equal, away from _mix(0) = 0.
+    return (_mix((hashed ^ step) + _WEYL) >> np.uint64(11)) * 2.0**-53
 
 
 def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:

@@ -36,3 +36,11 @@ def test_sampling_never_picks_what_has_no_probability():
     for bad in (torch.nan, torch.inf):
         with pytest.raises(FloatingPointError):
             sample(torch.tensor([[0.0, bad]]), ends[:1], 1.0)
+
+
+def test_no_small_seed_has_a_peculiar_noise():
+    """Over all small seeds and positions the noise never repeats, is never 0 and is uniform, in rows and in columns."""
+    noise = np.array([uniforms(hash_seeds(range(500)), position) for position in range(64)])
+    assert noise.min() > 0 and noise.max() < 1 and len(np.unique(noise)) == noise.size
+    assert abs(noise.mean() - 0.5) < 0.01 and np.abs(noise.mean(axis=0) - 0.5).max() < 0.2
+    assert np.abs(noise.mean(axis=1) - 0.5).max() < 0.07

@@ -1,0 +1,59 @@
+"""The committed backbone: small, loadable elsewhere, and able to do what the default simulation asks of it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from mfllm_ref.lm import LanguageModel
+from mfllm_ref.society import agora, prompts
+from mfllm_ref.society.annotate import RuleAnnotator
+from mfllm_ref.society.corpus import Past
+from mfllm_ref.society.response import response_curve, slope
+from mfllm_ref.society.signals import parse
+
+TINY = Path(__file__).resolve().parents[1] / "checkpoints" / "tiny"
+
+
+@pytest.fixture(scope="module")
+def tiny() -> LanguageModel:
+    return LanguageModel.load(TINY)
+
+
+def test_it_is_small_and_of_type_qwen2():
+    assert sum(path.stat().st_size for path in TINY.rglob("*")) <= 10e6
+    assert json.loads((TINY / "config.json").read_text())["model_type"] == "qwen2"
+
+
+def test_it_loads_in_transformers_with_the_same_logits(tiny):
+    text = "Topic: A scandal in Redwick.\nUser: Ada, 34, nurse\nPost:\nI do not believe it."
+    ids = tiny.tokenizer.encode(text)
+    assert PreTrainedTokenizerFast.from_pretrained(TINY).encode(text) == ids
+    oracle = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
+    with torch.no_grad():
+        assert (oracle(torch.tensor([ids])).logits - tiny.backbone(torch.tensor([ids]))).abs().max() < 1e-4
+
+
+@settings(deadline=None, derandomize=True, max_examples=100)
+@given(st.text(alphabet=st.characters(codec="utf-8"), max_size=60))
+def test_its_tokenizer_decodes_what_it_encoded(tiny, text):
+    """For any text decode(encode(text)) is the text."""
+    assert tiny.tokenizer.decode(tiny.tokenizer.encode(text)) == text
+
+
+def test_it_acts_writes_summaries_and_follows_its_signal(tiny):
+    annotate = RuleAnnotator()
+    pasts = [Past(agora.event("train", index), annotate, 10) for index in range(6)]
+    event = pasts[0].event
+    shared = prompts.policy_shared("en", event.topic)
+    texts = tiny.generate([shared + prompts.policy_private("en", a.agent.profile) for a in event.actions[:20]], 48, stop=("\n",))
+    words = {word for action in event.actions for word in action.text.split()}
+    said = [word for text in texts for word in text.split()]
+    assert sum(word in words for word in said) > 0.5 * len(said), "it speaks agora's language"
+    summary = tiny.generate([pasts[0].mean_field(3, prior=False).prefix], 120, stop=("\n",))[0]
+    assert len(parse(summary, "en")) == 8, "a summary states all eight dimensions"
+    assert slope(response_curve(tiny, pasts, annotate, "behavior_type")) > 0.1
