@@ -36,7 +36,7 @@ def parser() -> doors.Parser:
                       "built-in world, all of --data)")  # fmt: skip
     what.add_argument("--method", metavar="A,B,C", help="methods to compare (default: all whose adapters exist)")
     what.add_argument("--agents", type=doors.positive, metavar="N", help="first N actions of an event, warm-up "
-                      "included (default: all)")  # fmt: skip
+                      "included (default: 250 of the built-in world, else all)")  # fmt: skip
     what.add_argument("--batch", type=doors.positive, default=10, metavar="B", help="agents a step (default: 10)")
     what.add_argument("--warmup", type=doors.natural, default=50, metavar="W", help="first W actions are the real "
                       "ones, the rest is simulated (default: 50)")  # fmt: skip
@@ -88,7 +88,8 @@ def main() -> None:
     adapters = {name: path for name, path in adapters.items() if any(name in (m.policy, m.mean_field) for m in methods)}
     events = simulation.choose_events(args.data, args.split, args.event, args.events)
     tokens = (args.action_tokens, args.summary_tokens)
-    settings = Settings(args.agents, args.batch, args.warmup, args.seed, *tokens, args.chat)
+    agents = args.agents or (simulation.BUILT_IN_AGENTS if args.data is None else None)
+    settings = Settings(agents, args.batch, args.warmup, args.seed, *tokens, args.chat)
     for event in events:
         horizon(event, settings)  # refuses a warm-up that leaves nothing to simulate
     intervention = simulation.read_intervention(args.intervene, events, settings) if args.intervene else None

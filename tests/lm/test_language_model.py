@@ -117,7 +117,8 @@ def splitmix(seed, position):
         return x ^ (x >> 31)
 
     weyl = 0x9E3779B97F4A7C15
-    return (mix(mix((seed + weyl) & mask) ^ mix(((position + 1) * weyl) & mask)) >> 11) / 2**53
+    scrambled = mix((seed + weyl) & mask) ^ mix(((position + 1) * weyl) & mask)
+    return (mix((scrambled + weyl) & mask) >> 11) / 2**53
 
 
 def slow_sample(lm, prompt, seed, steps, temperature=1.0, top_k=0, top_p=1.0, penalty=1.0):
