@@ -1,55 +1,91 @@
-"""Train a backbone: `python train.py --stage pretrain` makes checkpoints/tiny from the built-in world.
+"""Tune or pretrain: IB-Tune's mean-field model and policy, their rivals, or a backbone from scratch.
 
-    python train.py --stage pretrain --out runs/tiny
-    python train.py --stage pretrain --data PATH --out runs/backbone     # on real events, e.g. Weibo's
-
-The folder it writes loads in `simulate.py --backbone`, in `LanguageModel.load` and in transformers.
+    python train.py                                      # IB-Tune, both stages, and a table before and after
+    python train.py --method all --out runs/adapters     # the adapters of every method
+    python train.py --stage mean-field --beta 0.1,1,10   # the information plane: one point a beta
+    python train.py --stage pretrain --out runs/tiny     # a backbone from scratch
 """
 
+import argparse
+import dataclasses
 import sys
 import time
 from pathlib import Path
 
 from mfllm_ref import doors
 
+CHECKPOINTS = Path(__file__).resolve().parent / "checkpoints"
+
+EPILOG = """\
+It writes to --out: an adapter a folder (PEFT's format: `simulate.py --adapters OUT`), or with --stage pretrain a Hugging Face
+style folder (`simulate.py --backbone OUT`), log.jsonl, loss.png, response.png and run.json. Ctrl-C is safe: the same command
+with --out and --resume goes on. Exit codes: 0 done, 2 bad input, 130 interrupted."""
+
+
+def betas(text: str) -> list[float]:
+    """An argparse type: numbers separated by commas."""
+    return [float(part) for part in text.split(",")]
+
 
 def parser() -> doors.Parser:
-    out = doors.Parser(prog="train.py", description="Pretrain a small backbone from scratch, on the built-in world or your events.")
-    out.add_argument("--stage", choices=("pretrain",), default="pretrain", help="what to train (default: pretrain)")
-    out.add_argument("--data", type=Path, help="events to pretrain on; a fifth of them is left out, for tuning "
-                     "(default: the built-in world's pretrain split)")  # fmt: skip
-    out.add_argument("--model-type", choices=("qwen2", "qwen3", "llama", "mistral"), default="qwen2")
-    out.add_argument("--shape", choices=("tiny", "small"), help="size: tiny 2.8 M parameters, small 6.6 M "
-                     "(default: tiny for the built-in world, small for --data)")  # fmt: skip
-    out.add_argument("--steps", type=doors.positive, default=1500, help="optimizer steps (default: 1500)")
-    out.add_argument("--rows", type=doors.positive, default=12, help="documents a step (default: 12)")
-    out.add_argument("--lr", type=float, default=4e-3, help="peak learning rate (default: 0.004)")
-    out.add_argument("--batch", type=doors.positive, default=10, help="actions a population step (default: 10)")
-    out.add_argument("--save-every", type=doors.positive, default=100, help="steps between states on disk (default: 100)")
+    out = doors.Parser(
+        prog="train.py", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    stages = ("all", "pretrain", "sft", "mean-field", "policy")
+    out.add_argument("--stage", choices=stages, default="all", help="all: mean-field, then policy (default); sft: the rivals")
+    out.add_argument("--data", type=Path, metavar="PATH", help="events (default: the built-in world). Pretraining leaves a "
+                     "fifth of them out, for tuning")  # fmt: skip
+    out.add_argument("--split", help="folder of that name in --data")
+    out.add_argument("--steps", type=doors.positive, help="optimizer steps, of a stage (default: 100; pretrain: 1500)")
+    out.add_argument("--rows", type=doors.positive, help="population steps, or documents, that an update learns from "
+                     "(default: 8; pretrain: 12)")  # fmt: skip
+    out.add_argument("--lr", type=float, help="peak learning rate (default: 0.002; pretrain: 0.004)")
+    out.add_argument("--batch", type=doors.positive, default=10, metavar="B", help="actions a population step (default: 10)")
+    out.add_argument("--save-every", type=doors.positive, help="steps between states on disk (default: 20; pretrain: 100)")
+    tune = out.add_argument_group("tuning")
+    tune.add_argument("--method", metavar="A,B,C", help="tune the adapters of these methods; all: of every method "
+                      "(default: mf-llm; stage sft: its four)")  # fmt: skip
+    tune.add_argument("--backbone", type=Path, metavar="DIR", help="checkpoint to tune (default: checkpoints/tiny)")
+    tune.add_argument("--mean-field-adapter", type=Path, metavar="DIR", help="stage policy: whose summaries it is tuned on")
+    tune.add_argument("--policy-adapter", type=Path, metavar="DIR", help="stage mean-field: the policy whose likelihood is "
+                      "the reward (default: the bare backbone)")  # fmt: skip
+    tune.add_argument("--sft-adapter", type=Path, metavar="DIR", help="with several betas: the policy that gains are "
+                      "measured against")  # fmt: skip
+    tune.add_argument("--leave-out", action="append", default=[], metavar="ID", help="an event to leave out; may be repeated")
+    tune.add_argument("--rank", type=doors.positive, default=8, help="of the adapters (default: 8)")
+    tune.add_argument("--beta", type=betas, default=[30.0], metavar="X[,X...]", help="weight of the reward against the KL "
+                      "to the prior (default: 30); several: stage mean-field draws the information plane")  # fmt: skip
+    tune.add_argument("--samples", type=doors.natural, default=4, metavar="K", help="summaries a gradient estimate (default: 4)")
+    tune.add_argument("--micro", type=doors.positive, default=4, help="population steps differentiated at once; their "
+                      "gradients accumulate (default: 4)")  # fmt: skip
+    tune.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient (default: 1)")
+    tune.add_argument("--repetition-penalty", type=float, default=0.0, metavar="X", help="off the reward for each repeated "
+                      "token of a summary (default: 0)")  # fmt: skip
+    tune.add_argument("--summary-tokens", type=doors.positive, default=120, metavar="N", help="longest summary (default: 120)")
+    make = out.add_argument_group("pretraining")
+    make.add_argument("--model-type", choices=("qwen2", "qwen3", "llama", "mistral"), default="qwen2")
+    make.add_argument("--shape", choices=("tiny", "small"), help="size: tiny 2.8 M parameters, small 6.6 M "
+                      "(default: tiny for the built-in world, small for --data)")  # fmt: skip
     doors.add_common(out)
     return out
 
 
-def main() -> None:
-    args = parser().parse_args()
-    if not 0 < args.lr < 1:
-        raise doors.InputError(f"--lr {args.lr}: must lie between 0 and 1")
-    from mfllm_ref import runs
-
-    count = doors.threads(args)
-    device, _ = doors.device_and_dtype(args)
-    out = args.out or runs.default_out()
-    settings = {
-        "command": "train.py", "stage": args.stage, "data": str(args.data) if args.data else None,
-        "model_type": args.model_type, "shape": args.shape or ("small" if args.data else "tiny"), "steps": args.steps,
-        "rows": args.rows, "lr": args.lr, "batch": args.batch, "seed": args.seed, "threads": count,
-        "device": device.type, "save_every": args.save_every,
-    }  # fmt: skip
-    from mfllm_ref import pretrain, report
+def pretraining(args: argparse.Namespace, out: Path, common: dict) -> None:
+    from mfllm_ref import pretrain, report, runs
     from mfllm_ref.society.readers import load_events
 
-    events = load_events(args.data) if args.data else None
-    record = {"settings": settings, **runs.provenance({"data": args.data} if args.data else {})}
+    settings = {
+        **common, "model_type": args.model_type, "shape": args.shape or ("small" if args.data else "tiny"),
+        "steps": args.steps or 1500, "rows": args.rows or 12, "lr": 4e-3 if args.lr is None else args.lr,
+        "save_every": args.save_every or 100,
+    }  # fmt: skip
+    if not 0 < settings["lr"] < 1:
+        raise doors.InputError(f"--lr {args.lr}: must lie between 0 and 1")
+    device, _ = doors.device_and_dtype(args)
+    settings["device"] = device.type
+    data = args.data / args.split if args.data and args.split else args.data
+    events = load_events(data) if data else None
+    record = {"settings": settings, **runs.provenance({"data": data} if data else {})}
     with runs.open_run(out, record, args.resume) as run:
         if run.finished:
             print(f"{out} is finished")
@@ -61,6 +97,94 @@ def main() -> None:
         print(f"{out}: {result['parameters'] / 1e6:.1f} M parameters in {time.perf_counter() - started:.0f} s")
         print("share acted per share said by the signal (slope; 1 follows it, 0 ignores it):")
         print("  " + "  ".join(f"{dimension} {slope:.2f}" for dimension, slope in result["response"].items()))
+
+
+def tuning(args: argparse.Namespace, out: Path, common: dict) -> None:
+    from mfllm_ref import ib_tune, report, runs, simulation, tuning
+    from mfllm_ref.lm import LanguageModel
+    from mfllm_ref.society import rollout
+    from mfllm_ref.society.annotate import RuleAnnotator
+    from mfllm_ref.society.readers import load_events
+    from mfllm_ref.society.response import LEVELS, WATCHED
+
+    settings = ib_tune.Settings(
+        args.steps or 100, args.rows or 8, args.micro, 2e-3 if args.lr is None else args.lr, args.samples, args.beta[0],
+        args.repetition_penalty, args.summary_tokens, args.clip, args.seed,
+    )  # fmt: skip
+    for beta in args.beta:
+        dataclasses.replace(settings, beta=beta).check()
+    todo = tuning.jobs(args.stage, args.method.split(",") if args.method else None, settings.steps, args.beta)
+    device, dtype = doors.device_and_dtype(args)
+    backbone = args.backbone or CHECKPOINTS / "tiny"
+    data = args.data / args.split if args.data and args.split else args.data
+    events, annotate = load_events(data) if data else None, RuleAnnotator()
+    tuned, dev = tuning.choose_events(events, args.leave_out, tuning.pretrained_here(backbone), args.batch, annotate)
+
+    lm = LanguageModel.load(backbone, device=str(device), dtype=dtype)
+    adapters = {"mean-field": args.mean_field_adapter, "policy": args.policy_adapter, "sft": args.sft_adapter}
+    plane = len(args.beta) > 1
+    needed = {job.mean_field for job in todo if job.mean_field} - {job.name for job in todo} | ({"sft"} if plane else set())
+    for name in needed:
+        own = CHECKPOINTS / "tiny-adapters" / name
+        adapters[name] = adapters[name] or (own if args.backbone is None and own.is_dir() else None)
+        if adapters[name] is None:
+            raise doors.InputError(f"--{name}-adapter: stage {args.stage} needs one")
+    adapters = {name: path for name, path in adapters.items() if path is not None}
+    for name, path in adapters.items():
+        if name in {job.name for job in todo}:
+            raise doors.InputError(f"--{name}-adapter {path}: this run tunes that adapter itself")
+        lm.load_adapter(name, path)
+    reward = "policy" if "policy" in adapters else None
+
+    inputs = {**simulation.weights_of(backbone), **{f"adapters/{name}": path for name, path in adapters.items()}}
+    record = runs.provenance(inputs | ({"data": data} if data else {}))
+    if data is None:
+        record["sha256"]["data"] = simulation.digest([past.event for past in (*tuned, *dev)])
+    record["settings"] = {
+        **common, "split": args.split, "leave_out": args.leave_out, "jobs": [dataclasses.asdict(job) for job in todo],
+        **dataclasses.asdict(settings), "beta": args.beta, "rank": args.rank, "device": device.type,
+        "dtype": str(dtype).removeprefix("torch."), "save_every": args.save_every or 20,
+    }  # fmt: skip
+    with runs.open_run(out, record, args.resume) as run:
+        if run.finished:
+            print(f"{out} is finished: see {out / 'loss.png'}")
+            return
+        show = sys.stderr.isatty()
+        tuning.Tuner(run, lm, tuned, dev, settings, args.rank, args.save_every or 20, reward, show).all(todo)
+        report.loss_curve(runs.read_json_lines(out / "log.jsonl"), out / "loss.png")
+        result: dict = {}
+        if plane:
+            result["plane"] = tuning.information_plane(lm, dev, settings, todo, reward, "sft")
+            report.information_plane(result["plane"], out / "information_plane.png")
+        policies = [job.name for job in todo if job.signal in ("mean-field", "empirical")]
+        if policies:
+            curves = tuning.responses(lm, dev, annotate, policies[0], known=data is None)
+            report.response(curves, LEVELS, WATCHED, out / "response.png")
+            result["response"] = tuning.slopes(curves)
+            print(report.slope_table(result["response"]))
+        if {job.name for job in todo} >= {"mean-field", "policy"}:
+            # short, as the default has ten minutes in all
+            plan = rollout.Settings(150, args.batch, 50, args.seed, summary_tokens=args.summary_tokens)
+            measured = tuning.compare(lm, dev, annotate, ("state", "persistence", "mf-llm-no-ib", "mf-llm"), plan)
+            if measured:
+                print(report.table(measured))
+                result["kl"] = {name: entry["kl"]["mean"] for name, entry in measured["methods"].items()}
+        run.complete(**result)
+        (out / "state.safetensors").unlink(missing_ok=True)
+    print(f"\nEverything is in {out}: see loss.png" + (" and response.png" if policies else ""))
+
+
+def main() -> None:
+    args = parser().parse_args()
+    from mfllm_ref import runs
+
+    out = args.out or runs.default_out()
+    runs.check_place(out, args.resume)
+    common = {
+        "command": "train.py", "stage": args.stage, "data": str(args.data) if args.data else None, "batch": args.batch,
+        "seed": args.seed, "threads": doors.threads(args),
+    }  # fmt: skip
+    (pretraining if args.stage == "pretrain" else tuning)(args, out, common)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import safetensors.torch
 import tokenizers
 import torch
 import torch.nn.functional as F
@@ -31,8 +30,9 @@ from mfllm_ref.society import agora
 from mfllm_ref.society.annotate import RuleAnnotator
 from mfllm_ref.society.corpus import Corpus, Document, Mixture, Past, pretraining_part
 from mfllm_ref.society.events import DIMENSIONS, Event
-from mfllm_ref.society.response import WATCHED, response_curve, slope
+from mfllm_ref.society.response import response_curves, slope
 from mfllm_ref.society.signals import verbalise
+from mfllm_ref.training import load_optimizer_tensors, load_state, optimizer_tensors, save_state
 
 HELD_OUT = 20  # events that the response curve is drawn on
 TOKENIZER_DOCUMENTS = 6000  # that the tokenizer is trained on
@@ -223,28 +223,6 @@ def optimizers(backbone: Backbone, lr: float) -> list[torch.optim.Optimizer]:
     return [muon, adamw]
 
 
-def optimizer_tensors(optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
-    """The optimizers' state as named tensors, for safetensors: `<optimizer>.<parameter>.<entry>`."""
-    return {
-        f"{k}.{index}.{entry}": torch.as_tensor(value)
-        for k, optimizer in enumerate(optimizers)
-        for index, entries in optimizer.state_dict()["state"].items()
-        for entry, value in entries.items()
-    }
-
-
-def load_optimizer_tensors(optimizers: Sequence[torch.optim.Optimizer], tensors: dict[str, Tensor]) -> None:
-    """The inverse of `optimizer_tensors`, onto optimizers of the same parameters."""
-    for k, optimizer in enumerate(optimizers):
-        state = optimizer.state_dict()
-        state["state"] = {}
-        for name, tensor in tensors.items():
-            owner, index, entry = name.split(".", 2)
-            if owner == str(k):
-                state["state"].setdefault(int(index), {})[entry] = tensor
-        optimizer.load_state_dict(state)
-
-
 @dataclass(frozen=True, slots=True)
 class Settings:
     """How a backbone is pretrained. `rows` documents a step; `lr` is the peak learning rate of both optimizers."""
@@ -330,11 +308,10 @@ def run(run: Run, settings: Mapping[str, Any], events: Sequence[Event] | None, d
     plan = Settings(settings["steps"], settings["rows"], settings["lr"], settings["seed"])
     tuned = optimizers(backbone, plan.lr)
     log, start = run.lines("log.jsonl"), 0
-    if state.exists():
-        tensors = safetensors.torch.load_file(state, device=str(device))
-        start = int(tensors.pop("step"))
-        backbone.load_state_dict({k[2:]: t for k, t in tensors.items() if k.startswith("p.")}, strict=False)
-        load_optimizer_tensors(tuned, {k[2:]: t for k, t in tensors.items() if k.startswith("o.")})
+    if (earlier := load_state(state, device)) is not None:
+        start = earlier[0]["step"]
+        backbone.load_state_dict(earlier[1]["backbone"], strict=False)
+        load_optimizer_tensors(tuned, earlier[1]["optimizer"])
     log.keep(start)
     bar = tqdm(total=plan.steps, initial=start, unit="step", disable=not progress)
     pending: list[dict] = []
@@ -344,17 +321,15 @@ def run(run: Run, settings: Mapping[str, Any], events: Sequence[Event] | None, d
             bar.update()
             bar.set_postfix_str(f"loss {row['loss']:.3f}")
             if len(pending) == settings["save_every"] or row["step"] == plan.steps - 1:
-                tensors = {"p." + name: p.detach().contiguous() for name, p in backbone.named_parameters()}
-                tensors |= {"o." + name: t.contiguous() for name, t in optimizer_tensors(tuned).items()}
-                tensors["step"] = torch.tensor(row["step"] + 1)
                 log.append(pending)
                 pending = []
-                write_bytes(state, safetensors.torch.save(tensors))
+                parameters = dict(backbone.named_parameters())
+                save_state(state, {"step": row["step"] + 1}, backbone=parameters, optimizer=optimizer_tensors(tuned))
     except FloatingPointError as error:
         raise InputError(f"{run.out}: {error}; the last good state is in {state.name}") from None
     bar.close()
     save_backbone(backbone, run.out)
     lm = LanguageModel.load(run.out, device=device)
-    response = {d: round(slope(response_curve(lm, held_out, corpus.annotate, d)), 3) for d in WATCHED}
+    response = {d: round(slope(acted), 3) for d, acted in response_curves(lm, held_out, corpus.annotate).items()}
     state.unlink(missing_ok=True)
     return {"parameters": sum(p.numel() for p in backbone.parameters()), "response": response}

@@ -221,3 +221,50 @@ def loss_curve(rows: Iterable[Mapping], path: Path, keys: Sequence[str] = ("loss
                 axis.legend(frameon=False)
             _plain(axis)
         _save(page, path)
+
+
+def slope_table(slopes: Mapping[str, Mapping[str, float]]) -> str:
+    """Slopes of response curves, {"before", "after", "truth": {dimension: slope}}, as plain text."""
+    rows = [["share acted per share said", *(name.replace("_", " ") for name in LABELS)]]
+    rows += [[key, *(f"{some[name]:.2f}" for name in LABELS)] for key, some in slopes.items()]
+    return "\n".join(["", *_aligned(rows), ""])
+
+
+def response(
+    curves: Mapping[str, Mapping[str, Sequence[float]]], levels: Sequence[float], names: Mapping[str, str], path: Path
+) -> None:  # fmt: skip
+    """Write the response curves as PNG: share said by the mean field (`levels`) against share acted, one panel a dimension.
+
+    curves: {"before", "after", "truth": {dimension: shares}}; names: the label that a dimension is watched by.
+    """
+    styles = {"before": {"color": "#0072B2"}, "after": {"color": "#D55E00", "linewidth": 2.4}, "truth": {"color": "black", "linestyle": "--"}}
+    with matplotlib.style.context("default"):
+        page = Figure(figsize=(15, 7.4), dpi=100, layout="constrained")
+        for axis, (dimension, label) in zip(page.subplots(2, 4).flat, names.items()):
+            axis.plot([0, 1], [0, 1], color="#BBBBBB", linewidth=1)
+            for key, some in curves.items():
+                axis.plot(levels, some[dimension], marker="o", markersize=4, label=key, **styles[key])
+            axis.set_title(f"{dimension.replace('_', ' ')}: {label}", fontsize=11, loc="left")
+            axis.set(xlim=(0, 1), ylim=(0, 1), xlabel="share said", ylabel="share acted")
+            _plain(axis)
+        axis.legend(frameon=False)
+        page.suptitle("What agents do when told what the population does (grey: they follow it exactly)", fontsize=14)
+        _save(page, path)
+
+
+def information_plane(points: Sequence[Mapping[str, float]], path: Path) -> None:
+    """Write the information plane as PNG: one point a beta, {"beta", "kl", "gain"} in nats a step."""
+    with matplotlib.style.context("default"):
+        page = Figure(figsize=(7, 5), dpi=100, layout="constrained")
+        axis = page.subplots()
+        ordered = sorted(points, key=lambda point: point["beta"])
+        kl, gain = ([point[key] for point in ordered] for key in ("kl", "gain"))
+        axis.plot(kl, gain, "o-", color=_FAMILIES["mf-llm"])
+        for point in ordered:
+            axis.annotate(f"beta {point['beta']:g}", (point["kl"], point["gain"]), (6, -12), textcoords="offset points")
+        axis.set_xlabel("KL(mu || r), the bound on I(m; X, c), nats a step")
+        axis.set_ylabel("gain in action log-likelihood over the sft policy,\nan estimate of I(m; Y), nats a step")
+        axis.set_title("The information plane", loc="left")
+        axis.margins(0.15)
+        _plain(axis)
+        _save(page, path)

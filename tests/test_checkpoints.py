@@ -13,7 +13,7 @@ from mfllm_ref.lm import LanguageModel
 from mfllm_ref.society import agora, prompts
 from mfllm_ref.society.annotate import RuleAnnotator
 from mfllm_ref.society.corpus import Past
-from mfllm_ref.society.response import response_curve, slope
+from mfllm_ref.society.response import response_curves, slope
 from mfllm_ref.society.signals import parse
 
 TINY = Path(__file__).resolve().parents[1] / "checkpoints" / "tiny"
@@ -56,4 +56,4 @@ def test_it_acts_writes_summaries_and_follows_its_signal(tiny):
     assert sum(word in words for word in said) > 0.5 * len(said), "it speaks agora's language"
     summary = tiny.generate([pasts[0].mean_field(3, prior=False).prefix], 120, stop=("\n",))[0]
     assert len(parse(summary, "en")) == 8, "a summary states all eight dimensions"
-    assert slope(response_curve(tiny, pasts, annotate, "behavior_type")) > 0.1
+    assert slope(response_curves(tiny, pasts, annotate)["behavior_type"]) > 0.1

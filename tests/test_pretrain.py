@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import train
-from mfllm_ref import doors, pretrain
+from mfllm_ref import doors, pretrain, training
 from mfllm_ref.lm import LanguageModel
 from mfllm_ref.lm.backbone import Backbone
 from mfllm_ref.society import agora
@@ -88,8 +88,8 @@ def test_optimizer_state_survives_tensors():
     step(backbones[0], first)
     second = pretrain.optimizers(backbones[1], 1e-2)
     backbones[1].load_state_dict(backbones[0].state_dict())
-    tensors = {name: t.clone() for name, t in pretrain.optimizer_tensors(first).items()}
-    pretrain.load_optimizer_tensors(second, tensors)
+    tensors = {name: t.clone() for name, t in training.optimizer_tensors(first).items()}
+    training.load_optimizer_tensors(second, tensors)
     for backbone, optimizers in zip(backbones, (first, second), strict=True):
         step(backbone, optimizers)
     for p, q in zip(*(b.parameters() for b in backbones), strict=True):

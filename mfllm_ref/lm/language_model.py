@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from kernels import IBTerms, ib_loss
 from mfllm_ref.errors import InputError
 from mfllm_ref.lm.backbone import Backbone
 from mfllm_ref.lm.checkpoint import load_backbone
@@ -114,24 +115,45 @@ class LanguageModel:
                 raise InputError(f"{name} cannot be {value!r}")
         if seeds is not None and len(seeds) != len(prompts):
             raise InputError(f"{len(seeds)} seeds for {len(prompts)} prompts")
+        options = (max_new_tokens, float(temperature), int(top_k), float(top_p), float(repetition_penalty), stop)
+        written = self._generate_ids(prompts, seeds, worlds, *options)
+        eos = set(self.tokenizer.eos_ids)
+        texts = self._texts([np.array(ids[:-1] if ids and ids[-1] in eos else ids, dtype=np.int64) for ids in written])
+        return [text[: min((text.find(s) for s in stop if s in text), default=None)] for text in texts]
+
+    @torch.no_grad()
+    def sample(
+        self, prompts: Sequence[Prompt], max_new_tokens: int = 64, seeds: Sequence[int] | None = None,
+        worlds: Sequence[Hashable] | None = None,
+    ) -> list[list[int]]:  # fmt: skip
+        """Token ids drawn from the model itself (temperature 1, nothing cut off or penalised), end of text included where
+        it was reached. For gradients through log-probabilities, which need the very tokens drawn: text encoded anew may
+        have others. Arguments and errors as in `generate`."""
+        return self._generate_ids(prompts, seeds, worlds, max_new_tokens, 1.0, 0, 1.0, 1.0, ())
+
+    def _generate_ids(
+        self, prompts: Sequence[Prompt], seeds: Sequence[int] | None, worlds: Sequence[Hashable] | None,
+        max_new_tokens: int, *options: Any,
+    ) -> list[list[int]]:  # fmt: skip
+        """The tokens of each continuation, with end of text if that ended it."""
         ids = self._prompt_ids(prompts)
         chunks = self._chunks(ids, [max_new_tokens] * len(ids), worlds)
-        texts = [""] * len(ids)
+        written: list[list[int]] = [[] for _ in ids]
         if max_new_tokens == 0:
-            return texts
+            return written
         hashed = hash_seeds(range(len(ids)) if seeds is None else seeds)
-        options = (max_new_tokens, float(temperature), int(top_k), float(top_p), float(repetition_penalty), stop)
         active = self.adapters.active
         try:
             if active is not None and self.dtype.itemsize >= 4:  # coarser weights would lose the update
                 self.adapters.merge(active)
             for chunk in chunks:
                 agents = [agent for world in chunk for agent in world.agents]
-                for agent, text in zip(agents, self._decode(ids, chunk, hashed[agents], *options), strict=True):
-                    texts[agent] = text
+                done = self._decode(ids, chunk, hashed[agents], max_new_tokens, *options)
+                for agent, new in zip(agents, done, strict=True):
+                    written[agent] = new
         finally:
             self.adapters.activate(active)
-        return texts
+        return written
 
     def log_prob(
         self, prompts: Sequence[Prompt], continuations: Sequence[Prompt], worlds: Sequence[Hashable] | None = None,
@@ -158,6 +180,40 @@ class LanguageModel:
         if not done:
             return torch.zeros(0, dtype=torch.promote_types(self.dtype, torch.float32), device=self.device)
         return torch.cat(done)[torch.tensor(np.argsort(order), device=self.device)]
+
+    def ib_terms(
+        self, prompts: Sequence[Prompt], continuations: Sequence[Sequence[int]], prior_prompts: Sequence[Prompt],
+        worlds: Sequence[Hashable] | None = None,
+    ) -> IBTerms:  # fmt: skip
+        """The information bottleneck's terms of every token of `continuations` (ids, as `sample` gives them): log_prob
+        under the active adapter given `prompts`, prior_log_prob under the bare backbone given `prior_prompts`, and the
+        exact kl = KL(mu(. | prompt, m_<j) || r(. | prior prompt, m_<j)) in nats: each [prompts, longest], 0 behind a
+        continuation's end. Differentiable in log_prob and kl. Raises InputError as `generate` does."""
+        targets = self._encode(continuations)
+        flat = self._flat_hidden(prompts, targets, worlds)
+        with self.adapter(None), torch.no_grad():
+            prior = self._flat_hidden(prior_prompts, targets, [tuple(p) if not isinstance(p, str) else p for p in prior_prompts])
+        sizes = [len(target) for target in targets]
+        target = torch.tensor([t for row in targets for t in row], device=self.device, dtype=torch.int64)
+        terms = ib_loss(flat, prior, self.backbone.lm_head.weight.detach(), target)
+        row = torch.repeat_interleave(torch.tensor(sizes)).to(self.device)
+        column = torch.cat([torch.arange(n) for n in [0, *sizes]]).to(self.device)
+        shape = (len(targets), max(sizes, default=0))
+        return IBTerms(*(term.new_zeros(shape).index_put((row, column), term) for term in terms))
+
+    def _flat_hidden(
+        self, prompts: Sequence[Prompt], targets: list[list[int]], worlds: Sequence[Hashable] | None
+    ) -> Tensor:  # fmt: skip
+        """Hidden states [tokens, dim] that predict the targets, in the prompts' order."""
+        ids, done = self._prompt_ids(prompts, targets), {}
+        for chunk in self._chunks(ids, [len(t) for t in targets], worlds):
+            agents = [agent for world in chunk for agent in world.agents]
+            for some, hidden in self._hidden(ids, targets, chunk):
+                sizes = [len(targets[agents[i]]) for i in some]
+                done |= {agents[i]: part for i, part in zip(some, hidden.split(sizes), strict=True)}
+        if not done:
+            return torch.zeros(0, self.backbone.config.dim, dtype=self.dtype, device=self.device)
+        return torch.cat([done[agent] for agent in sorted(done)])
 
     # ---- from text to worlds -----------------------------------------------------------------------------------------
 
@@ -227,8 +283,8 @@ class LanguageModel:
     def _decode(
         self, ids: list[list[int]], chunk: list[World], hashed: np.ndarray, max_new_tokens: int, temperature: float,
         top_k: int, top_p: float, penalty: float, stop: tuple[str, ...],
-    ) -> list[str]:  # fmt: skip
-        """The texts of a chunk's agents, in the chunk's order."""
+    ) -> list[list[int]]:  # fmt: skip
+        """The tokens of a chunk's agents, in the chunk's order."""
         config, device = self.backbone.config, self.device
         prompts = [ids[agent] for world in chunk for agent in world.agents]
         world = np.repeat(np.arange(len(chunk)), [len(w.agents) for w in chunk])
@@ -245,7 +301,7 @@ class LanguageModel:
         ones = np.ones(len(prompts), dtype=np.int64)
         hidden = torch.cat([h for _, h in run_suffixes(self.backbone, inputs, ones, world, prefixes, store)])
         tokens = np.zeros((len(prompts), max_new_tokens), dtype=np.int64)
-        counts = np.zeros(len(prompts), dtype=np.int64)  # tokens of text, per agent
+        counts = np.zeros(len(prompts), dtype=np.int64)  # tokens per agent, with end of text
         limits = np.minimum(max_new_tokens, config.max_positions + 1 - np.array([len(row) for row in prompts]))
         row_of = np.arange(len(prompts))  # the agent in each row of the batch
         alive = np.ones(len(prompts), dtype=bool)  # by row
@@ -262,7 +318,7 @@ class LanguageModel:
             new = chosen.cpu().numpy()
             ended = np.isin(new, eos)
             tokens[row_of[alive], step] = new[alive]
-            counts[row_of[alive & ~ended]] = step + 1
+            counts[row_of[alive]] = step + 1
             alive &= ~ended & (step + 1 < limits[row_of])
             if stop and alive.any():
                 going = np.flatnonzero(alive)
@@ -285,8 +341,7 @@ class LanguageModel:
             if lengths.max() + step + 1 > cache_k.shape[3]:
                 cache_k, cache_v = (F.pad(cache, (0, 0, 0, GROWTH)) for cache in (cache_k, cache_v))
             hidden = run_step(self.backbone, chosen, lengths + step + 1, world, prefixes, cache_k, cache_v)
-        texts = self._texts([row[:count] for row, count in zip(tokens, counts, strict=True)])
-        return [text[: min((text.find(s) for s in stop if s in text), default=None)] for text in texts]
+        return [row[:count].tolist() for row, count in zip(tokens, counts, strict=True)]
 
     def _texts(self, batch: Sequence[np.ndarray]) -> list[str]:
         """Decoded ids. A backbone's vocabulary is often padded beyond the tokenizer's: ids from there have no text."""
@@ -295,24 +350,15 @@ class LanguageModel:
 
     def _score(self, ids: list[list[int]], targets: list[list[int]], chunk: list[World]) -> Tensor:
         """log_prob of a chunk's agents, in the chunk's order."""
-        config, dtype, device = self.backbone.config, torch.promote_types(self.dtype, torch.float32), self.device
-        agents = [(agent, w) for w, world in enumerate(chunk) for agent in world.agents]
-        scored = [i for i, (agent, _) in enumerate(agents) if targets[agent]]
-        total = torch.zeros(len(agents), dtype=dtype, device=device)
-        if not scored:
-            return total
+        agents = [agent for world in chunk for agent in world.agents]
+        total = torch.zeros(len(agents), dtype=torch.promote_types(self.dtype, torch.float32), device=self.device)
         active = self.adapters.active  # an adapted head cannot be run again later: its adapter may then be off
         adapted = active is not None and "lm_head" in self.adapters.adapters[active].layers
-        prefixes = run_prefixes(self.backbone, chunk)
-        wanted = [targets[agents[i][0]] for i in scored]
-        own = [ids[agents[i][0]][len(chunk[agents[i][1]].prefix) :] for i in scored]
-        inputs = [prompt + target[:-1] for prompt, target in zip(own, wanted, strict=True)]
-        world = np.array([agents[i][1] for i in scored])
-        sizes = np.array([len(target) for target in wanted])
-        rows_a_time = max(1, LOGITS // 4 // config.vocab_size)
-        for some, hidden in run_suffixes(self.backbone, inputs, sizes, world, prefixes):
-            target = torch.tensor(np.concatenate(wanted[some]), device=device)
-            agent = torch.from_numpy(np.repeat(np.array(scored[some]), sizes[some])).to(device)
+        rows_a_time = max(1, LOGITS // 4 // self.backbone.config.vocab_size)
+        for some, hidden in self._hidden(ids, targets, chunk):
+            sizes = [len(targets[agents[i]]) for i in some]
+            target = torch.tensor([t for i in some for t in targets[agents[i]]], device=self.device)
+            agent = torch.from_numpy(np.repeat(some, sizes)).to(self.device)
             for piece, goal, whose in zip(*(x.split(rows_a_time) for x in (hidden, target, agent)), strict=True):
                 if piece.requires_grad and not adapted:  # logits are made again in the backward pass rather than kept
                     value = checkpoint(self._token_log_prob, piece, goal, use_reentrant=False)
@@ -320,6 +366,24 @@ class LanguageModel:
                     value = self._token_log_prob(piece, goal)
                 total = total.index_add(0, whose, value)
         return total
+
+    def _hidden(
+        self, ids: list[list[int]], targets: list[list[int]], chunk: list[World]
+    ) -> Iterator[tuple[np.ndarray, Tensor]]:  # fmt: skip
+        """What predicts each target of a chunk's agents: (some agents, counted in the chunk; hidden states [tokens, dim]
+        of their targets, packed), batch by batch. Agents without targets are passed over."""
+        agents = [(agent, w) for w, world in enumerate(chunk) for agent in world.agents]
+        scored = np.array([i for i, (agent, _) in enumerate(agents) if targets[agent]], dtype=np.int64)
+        if not len(scored):
+            return
+        prefixes = run_prefixes(self.backbone, chunk)
+        wanted = [targets[agents[i][0]] for i in scored]
+        own = [ids[agents[i][0]][len(chunk[agents[i][1]].prefix) :] for i in scored]
+        inputs = [prompt + target[:-1] for prompt, target in zip(own, wanted, strict=True)]
+        world = np.array([agents[i][1] for i in scored])
+        sizes = np.array([len(target) for target in wanted])
+        for some, hidden in run_suffixes(self.backbone, inputs, sizes, world, prefixes):
+            yield scored[some], hidden
 
     def _token_log_prob(self, hidden: Tensor, target: Tensor) -> Tensor:
         logits = self.backbone.logits(hidden).to(torch.promote_types(self.dtype, torch.float32))

@@ -71,9 +71,12 @@ class Past:
 
     def policy(self, step: int, kind: str, width: int, signal_of: "Past | None" = None) -> Document:
         """`width` actions from `step` on, each given the signal of `kind` at the step's start (or another event's)."""
-        event = self.event
         source = signal_of or self
-        signal = source.signals[min(step, source.steps - 1)][kind]
+        return self.told(step, source.signals[min(step, source.steps - 1)][kind], width)
+
+    def told(self, step: int, signal: Signal | None, width: int | None = None) -> Document:
+        """The actions of `step` (or `width` of them from there on), given a signal."""
+        event = self.event
         prefix = prompts.policy_shared(event.language, event.topic, self.posts(step), signal)
         return Document(prefix, tuple(_branch(event.language, seen) for seen in self.actions(step, width)))
 
@@ -104,14 +107,14 @@ class Past:
 
     def mean_field(self, step: int, prior: bool) -> Document:
         """The summary after `step`, written by the verbaliser from counts; as the prior, neither topic nor history."""
-        event = self.event
-        prompt = prompts.prior_prompt(event.language)
-        if not prior:
-            listed = [(a.profile, a.text) for a in sorted(self.actions(step), key=lambda a: (a.text, a.id))]
-            prompt = prompts.mean_field_prompt(
-                event.language, event.topic, self.posts(step), self.population[step], listed
-            )
+        prompt = prompts.prior_prompt(self.event.language) if prior else self.summarise(step, self.population[step])
         return Document(prompt, (("", self.population[step + 1]),))
+
+    def summarise(self, step: int, previous: str) -> str:
+        """The prompt of mu(m_{step+1} | c, X) behind the real actions of `step`, in canonical order, and m_step."""
+        event = self.event
+        listed = [(a.profile, a.text) for a in sorted(self.actions(step), key=lambda a: (a.text, a.id))]
+        return prompts.mean_field_prompt(event.language, event.topic, self.posts(step), previous, listed)
 
 
 @dataclass(frozen=True, slots=True)

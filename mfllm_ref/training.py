@@ -1,0 +1,56 @@
+"""What every training loop needs to be interrupted: its state as one safetensors file, written whole or not at all."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from mfllm_ref.errors import InputError
+from mfllm_ref.runs import write_bytes
+
+
+def optimizer_tensors(optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """The optimizers' state as named tensors: `<optimizer>.<parameter>.<entry>`."""
+    return {
+        f"{k}.{index}.{entry}": torch.as_tensor(value)
+        for k, optimizer in enumerate(optimizers)
+        for index, entries in optimizer.state_dict()["state"].items()
+        for entry, value in entries.items()
+    }
+
+
+def load_optimizer_tensors(optimizers: Sequence[torch.optim.Optimizer], tensors: Mapping[str, Tensor]) -> None:
+    """The inverse of `optimizer_tensors`, onto optimizers of the same parameters."""
+    for k, optimizer in enumerate(optimizers):
+        state = optimizer.state_dict()
+        state["state"] = {}
+        for name, tensor in tensors.items():
+            owner, index, entry = name.split(".", 2)
+            if owner == str(k):
+                state["state"].setdefault(int(index), {})[entry] = tensor
+        optimizer.load_state_dict(state)
+
+
+def save_state(path: Path, facts: Mapping, **groups: Mapping[str, Tensor]) -> None:
+    """Write groups of named tensors, and `facts` (JSON), as one file."""
+    tensors = {f"{group}:{name}": t.detach().cpu().contiguous() for group, some in groups.items() for name, t in some.items()}
+    write_bytes(path, safetensors.torch.save(tensors, {"facts": json.dumps(facts)}))
+
+
+def load_state(path: Path, device: torch.device) -> tuple[dict, dict[str, dict[str, Tensor]]] | None:
+    """(facts, groups of tensors) of `save_state`; None where there is no file. InputError for a damaged one."""
+    if not path.exists():
+        return None
+    try:
+        with safetensors.safe_open(path, "pt", device=str(device)) as file:
+            facts, groups = json.loads(file.metadata()["facts"]), {}
+            for key in file.keys():
+                group, _, name = key.partition(":")
+                groups.setdefault(group, {})[name] = file.get_tensor(key)
+    except (OSError, ValueError, TypeError, KeyError, safetensors.SafetensorError) as error:
+        raise InputError(f"{path}: damaged, cannot resume ({type(error).__name__})") from None
+    return facts, groups

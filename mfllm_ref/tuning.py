@@ -1,0 +1,280 @@
+"""A tuning run: which adapters to tune on which events, selection on held-out ones, its files, and going on after a break.
+
+What `train.py` does beside pretraining, as functions. Every adapter is tuned by one `Job`: the mean-field model's, or that of
+a policy under one signal. An adapter is selected among its versions by loss on the dev events; the untuned one counts.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from mfllm_ref import ib_tune, metrics
+from mfllm_ref.errors import InputError
+from mfllm_ref.ib_tune import Chains, Settings, Update
+from mfllm_ref.lm import LanguageModel
+from mfllm_ref.runs import RUN_FILE, Run, write_json
+from mfllm_ref.society import agora, rollout
+from mfllm_ref.society.corpus import Document, Past, pretraining_part
+from mfllm_ref.society.events import Event, hashed
+from mfllm_ref.society.fields import read_json
+from mfllm_ref.society.response import response_curves, slope, true_response
+from mfllm_ref.society.rollout import METHODS, Annotator
+from mfllm_ref.training import load_optimizer_tensors, load_state, optimizer_tensors, save_state
+
+MEAN_FIELD, POLICY = "mean-field", "policy"
+RIVALS = ("sft", "recent-sft", "popular-sft", "empirical-sft")
+DEV_EVENTS, DEV_STEPS = 24, (3, 8)  # held-out events that select an adapter, and the steps of theirs that a policy writes
+SELECTIONS = 5  # how often the dev events are looked at
+SHOWN = 7  # events that the table before and after is made of
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One adapter to tune: `signal` is what its agents are told (None: it is the mean-field model's own, tuned at `beta`),
+    written by adapter `mean_field` where that is a mean field."""
+
+    name: str
+    signal: str | None
+    mean_field: str | None
+    steps: int
+    beta: float | None = None
+
+
+def jobs(stage: str, methods: Sequence[str] | None, steps: int, betas: Sequence[float]) -> list[Job]:
+    """What to tune, in order. stage "mean-field", "policy", "sft" or "all"; methods: those that the adapters are for, by
+    default mf-llm, or the four rivals of stage "sft". A rival gets as many updates as mf-llm's two stages have. Several
+    betas: a mean-field adapter each, called beta-<X>/mean-field.
+
+    Raises InputError for methods that do not exist or that the stage cannot tune.
+    """
+    if len(betas) > 1:
+        if stage != MEAN_FIELD:
+            raise InputError("--beta: several values are for --stage mean-field")
+        return [Job(f"beta-{beta:g}/{MEAN_FIELD}", None, None, steps, beta) for beta in dict.fromkeys(betas)]
+    if methods is None:
+        methods = RIVALS if stage == "sft" else ("mf-llm",)
+    elif list(methods) == ["all"]:
+        methods = [name for name, method in METHODS.items() if method.policy or method.mean_field]
+    for name in methods:
+        if name not in METHODS or not (METHODS[name].policy or METHODS[name].mean_field):
+            known = ", ".join(name for name, m in METHODS.items() if m.policy or m.mean_field)
+            raise InputError(f"--method {name!r}: nothing to tune; there are all, {known}")
+    chosen = [METHODS[name] for name in METHODS if name in methods]
+    found: dict[str, Job] = {}
+    if stage in ("all", MEAN_FIELD) and (stage == MEAN_FIELD or any(m.mean_field for m in chosen)):
+        found[MEAN_FIELD] = Job(MEAN_FIELD, None, None, steps, betas[0])
+    for method in sorted(chosen, key=lambda m: m.policy != POLICY):
+        if method.policy and stage in ("all", "sft" if method.name in RIVALS else POLICY):
+            twice = 2 if method.name in RIVALS else 1
+            found[method.policy] = Job(method.policy, method.signal, method.mean_field, twice * steps)
+    if not found:
+        raise InputError(f"--method {','.join(methods)}: stage {stage} tunes nothing of it")
+    return list(found.values())
+
+
+def choose_events(
+    data: Sequence[Event] | None, leave_out: Sequence[str], kept_only: bool, batch: int, annotate: Annotator
+) -> tuple[list[Past], list[Past]]:  # fmt: skip
+    """(pasts to tune on, pasts to select on): agora's train and dev splits, or outside events, a fifth of which selects.
+
+    kept_only: of the outside events only those that pretraining on the same data keeps for tuning. Raises InputError where
+    nothing is left to tune or to select on.
+    """
+    if data is None:
+        splits = ([agora.event(split, i) for i in range(agora.SPLITS[split])] for split in ("train", "dev"))
+        tuned, dev = (sorted(events, key=lambda event: hashed("tuning", event.id)) for events in splits)
+    else:
+        for name in leave_out:
+            if name not in {event.id for event in data}:
+                raise InputError(f"--leave-out {name}: no such event")
+        kept = pretraining_part(data)[1] if kept_only else list(data)
+        kept = [event for event in kept if event.id not in leave_out and len(event.actions) > 2 * batch]
+        kept.sort(key=lambda event: hashed("selection", event.id))
+        cut = max(1, len(kept) // 5)
+        dev, tuned = kept[:cut], kept[cut:]
+        if not tuned:
+            raise InputError(f"{len(data)} events: an empty split, too few with over {2 * batch} actions to tune and select on")
+    return [Past(e, annotate, batch) for e in tuned], [Past(e, annotate, batch) for e in dev[:DEV_EVENTS]]
+
+
+def pretrained_here(backbone: Path) -> bool:
+    """Whether the checkpoint was pretrained by this project on outside events, of which it then left a fifth for tuning."""
+    path = backbone / RUN_FILE
+    settings = read_json(path).get("settings", {}) if path.is_file() else {}
+    return settings.get("stage") == "pretrain" and settings.get("data") is not None
+
+
+class Tuner:
+    """What the jobs of a run share."""
+
+    def __init__(
+        self, run: Run, lm: LanguageModel, tuned: Sequence[Past], dev: Sequence[Past], settings: Settings, rank: int,
+        save_every: int, policy: str | None = None, progress: bool = False,
+    ) -> None:  # fmt: skip
+        """policy: the adapter whose likelihood is the mean-field stage's reward (None: the bare backbone)."""
+        self.run, self.lm, self.tuned, self.dev = run, lm, tuned, dev
+        self.settings, self.rank, self.save_every, self.policy, self.progress = settings, rank, save_every, policy, progress
+        self.log, self.state = run.lines("log.jsonl"), run.out / "state.safetensors"
+
+    def all(self, todo: Sequence[Job]) -> None:
+        """Tune the jobs' adapters in order, or go on where the run's folder stands."""
+        earlier = load_state(self.state, self.lm.device)
+        names = [job.name for job in todo]
+        done = names.index(earlier[0]["job"]) if earlier else 0
+        self.log.keep(earlier[0]["rows"] if earlier else 0)
+        for job in todo[:done]:
+            self.lm.load_adapter(job.name, self.run.out / job.name)
+        for number, job in enumerate(todo[done:], start=done):
+            self.one(job, earlier if earlier and earlier[0]["job"] == job.name else None)
+            if number + 1 < len(todo):
+                save_state(self.state, {"job": names[number + 1], "rows": self.log.count, "step": 0})
+
+    def one(self, job: Job, earlier: tuple[dict, dict[str, dict[str, Tensor]]] | None) -> None:
+        """Tune one adapter and save it; `earlier` is the state to go on from."""
+        lm, settings = self.lm, replace(self.settings, steps=job.steps, beta=job.beta or self.settings.beta)
+        lm.add_adapter(job.name, self.rank, 2.0 * self.rank, "all-linear", seed=hashed("adapter", settings.seed) % 2**31)
+        parameters = lm.adapters.parameters(job.name)
+        best = [p.detach().clone() for p in parameters]
+        optimizer = torch.optim.AdamW(parameters, lr=settings.lr, betas=(0.9, 0.98), weight_decay=0.0)
+        facts = {"job": job.name, "step": 0, "best": None, "chains": []}
+        if earlier is not None and earlier[1]:
+            facts = earlier[0]
+            with torch.no_grad():
+                for i, p in enumerate(parameters):
+                    p.copy_(earlier[1]["adapter"][str(i)])
+                    best[i] = earlier[1]["best"][str(i)]
+            load_optimizer_tensors([optimizer], earlier[1]["optimizer"])
+        update, select, state = self._mean_field(job, settings, facts) if job.signal is None else self._policy(job, settings)
+        every, pending = max(1, job.steps // SELECTIONS), []
+        bar = tqdm(total=job.steps, initial=facts["step"], unit="step", desc=job.name, disable=not self.progress)
+        try:
+            for step in range(facts["step"], job.steps + 1):
+                row: dict = {"stage": job.name, "step": step}
+                if step % every == 0 and step + every <= job.steps or step == job.steps:
+                    row["dev_loss"] = select()
+                    if facts["best"] is None or row["dev_loss"] < facts["best"]:
+                        facts["best"], best = row["dev_loss"], [p.detach().clone() for p in parameters]
+                if step < job.steps:
+                    row |= ib_tune.apply(lm, update(step), optimizer, step, settings)
+                    bar.update()
+                    bar.set_postfix_str(f"loss {row['loss']:.2f}")
+                pending.append(row)
+                if step + 1 < job.steps and (step + 1) % self.save_every == 0:
+                    self.log.append(pending)
+                    pending = []
+                    facts |= {"step": step + 1, "rows": self.log.count, "chains": state()}
+                    numbered = ({str(i): t for i, t in enumerate(some)} for some in (parameters, best))
+                    save_state(self.state, facts, **dict(zip(("adapter", "best"), numbered)), optimizer=optimizer_tensors([optimizer]))
+        except FloatingPointError as error:
+            self._keep(job, best)
+            raise InputError(f"{self.run.out}: {error}; {job.name}/ holds the best adapter so far") from None
+        finally:
+            bar.close()
+        self._keep(job, best)
+        self.log.append(pending)
+
+    def _keep(self, job: Job, best: Sequence[Tensor]) -> None:
+        """The selected adapter: in the language model from now on, and on disk."""
+        with torch.no_grad():
+            for parameter, value in zip(self.lm.adapters.parameters(job.name), best, strict=True):
+                parameter.copy_(value)
+                parameter.requires_grad_(False)
+        self.lm.save_adapter(job.name, self.run.out / job.name)
+
+    def _mean_field(self, job: Job, settings: Settings, facts: Mapping) -> tuple[Callable, Callable, Callable]:
+        chains = Chains(self.tuned, settings.rows, settings.seed, facts["chains"])
+
+        def update(step: int) -> Update:
+            return ib_tune.mean_field_update(self.lm, chains, settings, step, job.name, self.policy)
+
+        def select() -> float:
+            found = ib_tune.information(self.lm, self.dev, settings, job.name, self.policy)
+            return found.kl - settings.beta * found.reward
+
+        return update, select, lambda: chains.state
+
+    def _policy(self, job: Job, settings: Settings) -> tuple[Callable, Callable, Callable]:
+        pasts = self.tuned
+        if job.signal == "mean-field":  # as many events as give every step about once: their mean fields take time to write
+            steps = np.cumsum([past.steps - 1 for past in pasts])
+            pasts = pasts[: int(np.searchsorted(steps, job.steps * settings.rows)) + 1]
+            fields = self._fields(f"{job.name}.train", job, pasts, settings, None)
+            dev_fields = self._fields(f"{job.name}.dev", job, self.dev, settings, max(DEV_STEPS) + 1)
+
+        def told(some: Sequence[Past], written: Sequence[Sequence[str]], i: int, step: int) -> Document:
+            if job.signal == "mean-field":
+                return some[i].told(step, ib_tune.signal_of(written[i][step]))
+            return some[i].policy(step, job.signal, some[i].batch)
+
+        mine, theirs = (fields, dev_fields) if job.signal == "mean-field" else ([], [])
+        fixed = [told(self.dev, theirs, i, step) for i, p in enumerate(self.dev) for step in DEV_STEPS if step < p.steps]
+        if not fixed:
+            raise InputError(f"an empty split: no event to select on has over {DEV_STEPS[0]} steps of actions")
+
+        def update(step: int) -> Update:
+            rng = np.random.default_rng([settings.seed, 3, step])
+            rows = [int(i) for i in rng.integers(len(pasts), size=settings.rows)]
+            places = [(i, int(rng.integers(1, pasts[i].steps))) for i in rows]
+            named = ", ".join(f"{pasts[i].event.id} step {at}" for i, at in places)
+            documents = [told(pasts, mine, i, at) for i, at in places]
+            return ib_tune.policy_update(self.lm, documents, settings, job.name, named)
+
+        def select() -> float:
+            with torch.no_grad(), self.lm.adapter(job.name):
+                parts = [ib_tune.log_likelihood(self.lm, fixed[i : i + 16])[0] for i in range(0, len(fixed), 16)]
+            return -float(torch.cat(parts).mean())
+
+        return update, select, lambda: []
+
+    def _fields(self, name: str, job: Job, pasts: Sequence[Past], settings: Settings, until: int | None) -> list[list[str]]:
+        """The mean fields that a policy is tuned on, written once a run (to summaries/<name>.json, by event)."""
+        path = self.run.out / "summaries" / f"{name}.json"
+        if not path.exists():
+            path.parent.mkdir(exist_ok=True)
+            written = ib_tune.summaries(self.lm, pasts, job.mean_field, settings, until, self.progress)
+            write_json(path, {past.event.id: texts for past, texts in zip(pasts, written, strict=True)})
+        return [read_json(path)[past.event.id] for past in pasts]
+
+
+# ---- what tuning changed -------------------------------------------------------------------------------------------
+
+
+def responses(lm: LanguageModel, dev: Sequence[Past], annotate: Annotator, policy: str, known: bool) -> dict[str, dict]:
+    """Response curves {"before", "after", "truth"}: {dimension: shares acted}; truth only where the process is `known`."""
+    some = dev[:SHOWN]
+    out = {key: response_curves(lm, some, annotate, adapter=name) for key, name in (("before", None), ("after", policy))}
+    if known:
+        out["truth"] = true_response([past.event for past in some], 5 * some[0].batch)
+    return out
+
+
+def slopes(curves: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, dict[str, float]]:
+    return {key: {d: round(slope(acted), 3) for d, acted in some.items()} for key, some in curves.items()}
+
+
+def compare(
+    lm: LanguageModel, dev: Sequence[Past], annotate: Annotator, methods: Sequence[str], settings: rollout.Settings
+) -> dict:  # fmt: skip
+    """`metrics.evaluate` of a few held-out events under `methods`: the table before and after."""
+    events = [past.event for past in dev if len(past.event.actions) > settings.warmup + 50][:SHOWN]
+    if not events:
+        return {}
+    worlds = [rollout.World(event, METHODS[name], settings.seed) for event in events for name in methods]
+    rows: Iterator[dict] = (row for step in rollout.rollout(lm, worlds, settings, annotate) for row in step.trajectory)
+    return metrics.evaluate(metrics.collect(rows), {event.id: event.domain for event in events})
+
+
+def information_plane(
+    lm: LanguageModel, dev: Sequence[Past], settings: Settings, todo: Sequence[Job], policy: str | None, sft: str
+) -> list[dict[str, float]]:  # fmt: skip
+    """One point a job (a beta), in nats a step: "kl", the bound on I(m; X, c), and "gain" in action log-likelihood over the
+    `sft` policy, an estimate of I(m; Y)."""
+    found = [ib_tune.information(lm, dev, settings, job.name, policy, sft) for job in todo]
+    return [
+        {"beta": job.beta, "kl": point.kl, "gain": point.reward - point.blind} for job, point in zip(todo, found, strict=True)
+    ]

@@ -1,0 +1,189 @@
+import json
+import sys
+
+import pytest
+import torch
+
+import train
+from mfllm_ref import doors, ib_tune, tuning
+from mfllm_ref.errors import InputError
+from mfllm_ref.lm import LanguageModel
+from mfllm_ref.runs import TIME_FIELDS
+from mfllm_ref.society import agora
+from mfllm_ref.society.annotate import RuleAnnotator
+from mfllm_ref.society.readers import write_events
+from mfllm_ref.society.response import LEVELS, WATCHED, slope, true_response
+
+ANNOTATE = RuleAnnotator()
+
+
+@pytest.fixture
+def door(monkeypatch, capsys):
+    """Runs train.py with these arguments, in this process: (exit code, stdout, stderr)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
+        capsys.readouterr()
+        code = doors.run_door("train.py", train.main)
+        return code, *capsys.readouterr()
+
+    threads = torch.get_num_threads()
+    yield run
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Six events of 110 actions as JSON Lines."""
+    path = tmp_path_factory.mktemp("data") / "events.jsonl"
+    events = [agora.event("train", index) for index in range(6)]
+    write_events([type(e)(e.id, e.topic, e.domain, e.language, e.actions[:110]) for e in events], path)
+    return path
+
+
+def names(jobs):
+    return [(job.name, job.signal, job.mean_field, job.steps) for job in jobs]
+
+
+def test_stages_and_methods_decide_what_is_tuned():
+    both = [("mean-field", None, None, 5), ("policy", "mean-field", "mean-field", 5)]
+    rivals = [("sft", "none", None, 10), ("recent-sft", "recent", None, 10), ("popular-sft", "popular", None, 10),
+              ("empirical-sft", "empirical", None, 10)]  # fmt: skip
+    assert names(tuning.jobs("all", None, 5, [1.0])) == both
+    assert names(tuning.jobs("mean-field", None, 5, [1.0])) == both[:1]
+    assert names(tuning.jobs("policy", None, 5, [1.0])) == both[1:]
+    assert names(tuning.jobs("sft", None, 5, [1.0])) == rivals
+    assert names(tuning.jobs("sft", ["recent-sft"], 5, [1.0])) == rivals[1:2]
+    assert names(tuning.jobs("policy", ["mf-llm-no-ib-mf"], 5, [1.0])) == [("policy-no-ib-mf", "mean-field", None, 5)]
+    assert set(names(tuning.jobs("all", ["all"], 5, [1.0]))) == {*both, *rivals, ("policy-no-ib-mf", "mean-field", None, 5)}
+    assert names(tuning.jobs("all", ["all"], 5, [1.0]))[:2] == both, "a policy is tuned on summaries of the mean field before it"
+    plane = tuning.jobs("mean-field", None, 5, [0.1, 10.0])
+    assert [(job.name, job.beta) for job in plane] == [("beta-0.1/mean-field", 0.1), ("beta-10/mean-field", 10.0)]
+    for stage, methods in (("all", ["state"]), ("all", ["x"]), ("sft", ["mf-llm"]), ("policy", ["sft"])):
+        with pytest.raises(InputError, match="--method"):
+            tuning.jobs(stage, methods, 5, [1.0])
+    with pytest.raises(InputError, match="--beta"):
+        tuning.jobs("all", None, 5, [1.0, 2.0])
+
+
+def test_events_that_select_are_not_tuned_on(data):
+    events = [agora.event("train", index) for index in range(12)]
+    tuned, dev = tuning.choose_events(events, [events[0].id], False, 10, ANNOTATE)
+    ids = [past.event.id for past in (*tuned, *dev)]
+    assert len(set(ids)) == len(ids) == 11 and events[0].id not in ids and len(dev) == 2
+    assert len(tuning.choose_events(events, [], True, 10, ANNOTATE)[0]) < 3, "the fifth that pretraining left"
+    for few in ([], events[:1]):
+        with pytest.raises(InputError, match="empty split"):
+            tuning.choose_events(few, [], False, 10, ANNOTATE)
+    with pytest.raises(InputError, match="--leave-out nobody"):
+        tuning.choose_events(events, ["nobody"], False, 10, ANNOTATE)
+
+
+def test_agoras_true_response_follows_stances_and_nothing_else():
+    curves = true_response([agora.event("dev", index) for index in range(4)], 50)
+    assert set(curves) == set(WATCHED) and all(len(curve) == len(LEVELS) for curve in curves.values())
+    assert slope(curves["stance"]) > 0.3 and all(a <= b for a, b in zip(curves["stance"], curves["stance"][1:]))
+    for dimension in set(WATCHED) - {"stance"}:
+        assert len(set(curves[dimension])) == 1
+
+
+OPTIONS = ("--steps", 4, "--rows", 2, "--micro", 1, "--samples", 2, "--save-every", 2, "--threads", 1, "--rank", 2, "--summary-tokens", 8)
+
+
+@pytest.fixture
+def options(data, random_folder, monkeypatch):
+    monkeypatch.setattr(tuning, "compare", lambda *a: {})  # the random model's texts say nothing
+    return ["--data", data, "--backbone", random_folder, *OPTIONS]
+
+
+def test_a_run_writes_adapters_logs_and_pictures_and_resumes_to_the_same_bytes(options, tmp_path, monkeypatch, door):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    more = ["--method", "mf-llm,empirical-sft,mf-llm-no-ib-mf"]
+    assert door(*options, *more, "--out", whole)[0] == 0
+    adapters = ("mean-field", "policy", "policy-no-ib-mf", "empirical-sft")
+    lm = LanguageModel.load(options[3])
+    for name in adapters:
+        lm.load_adapter(name, whole / name)
+    rows = [json.loads(line) for line in open(whole / "log.jsonl")]
+    assert [row["step"] for row in rows if row["stage"] == "mean-field"] == [0, 1, 2, 3, 4]
+    assert [row["step"] for row in rows if row["stage"] == "empirical-sft"] == list(range(9)), "as many as both stages"
+    for row in rows:
+        if "loss" in row:
+            assert {"reward", "action_nll", "gradient_norm", "tokens_per_second"} <= set(row)
+            assert ("kl" in row) == (row["stage"] == "mean-field")
+    assert all((whole / name).stat().st_size > 5000 for name in ("loss.png", "response.png"))
+    record = json.loads((whole / "run.json").read_text())
+    assert set(record["response"]) == {"before", "after"} and record["status"] == "finished"
+
+    saves, save = [0], tuning.save_state
+    for stop in (1, 1, 2):  # each run is cut at another of its states
+
+        def interrupted(*arguments, stop=stop, **groups):
+            save(*arguments, **groups)
+            saves[0] += 1
+            if saves[0] == stop:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(tuning, "save_state", interrupted)
+            saves[0] = 0
+            assert door(*options, *more, "--out", cut, "--resume")[0] == 130
+    code, _, said = door(*options, *more, "--beta", 2, "--out", cut, "--resume")
+    assert code == 2 and "beta" in said
+    assert door(*options, *more, "--out", cut, "--resume")[0] == 0
+    for name in adapters:
+        for file in ("adapter_model.safetensors", "adapter_config.json"):
+            assert (cut / name / file).read_bytes() == (whole / name / file).read_bytes(), name
+    again = [json.loads(line) for line in open(cut / "log.jsonl")]
+    timeless = [[{k: v for k, v in row.items() if k not in TIME_FIELDS} for row in some] for some in (rows, again)]
+    assert timeless[0] == timeless[1]
+    assert not (cut / "state.safetensors").exists()
+    assert door(*options, *more, "--out", cut, "--resume")[0] == 0, "a finished run stays as it is"
+
+
+def test_several_betas_draw_the_information_plane(options, tmp_path, door):
+    assert door(*options, "--stage", "sft", "--method", "sft", "--out", tmp_path / "sft")[0] == 0
+    sft = tmp_path / "sft" / "sft"
+    out = tmp_path / "plane"
+    assert door(*options, "--stage", "mean-field", "--beta", "0.1,10", "--sft-adapter", sft, "--out", out)[0] == 0
+    points = json.loads((out / "run.json").read_text())["plane"]
+    assert [point["beta"] for point in points] == [0.1, 10.0] and all(point["kl"] >= 0 for point in points)
+    assert (out / "information_plane.png").stat().st_size > 5000
+    assert (out / "beta-10" / "mean-field" / "adapter_config.json").exists()
+
+
+def test_a_loss_that_becomes_nan_names_step_and_batch_and_leaves_the_last_good_adapter(options, tmp_path, monkeypatch, door):
+    apply = ib_tune.apply
+
+    def poisoned(lm, update, optimizer, step, settings):
+        if step == 2:
+            losses = ((loss * torch.nan, share) for loss, share in update.losses)
+            update = ib_tune.Update(losses, update.numbers, update.batch)
+        return apply(lm, update, optimizer, step, settings)
+
+    monkeypatch.setattr(ib_tune, "apply", poisoned)
+    code, _, said = door(*options, "--stage", "sft", "--method", "sft", "--out", tmp_path / "out")
+    assert code == 2 and "step 2" in said and "agora-train" in said and len(said.splitlines()) == 1
+    lm = LanguageModel.load(options[3])
+    lm.load_adapter("sft", tmp_path / "out" / "sft")
+    assert all(torch.isfinite(p).all() for p in lm.adapters.parameters("sft"))
+
+
+@pytest.mark.parametrize(("arguments", "said"), [
+    (["--beta", "0"], "--beta 0"), (["--beta", "1,-2", "--stage", "mean-field"], "--beta -2"), (["--beta", "x"], "--beta"),
+    (["--samples", "1"], "--samples 1"), (["--method", "state"], "--method"), (["--stage", "policy"], "--mean-field-adapter"),
+    (["--leave-out", "nobody"], "--leave-out nobody"), (["--split", "nowhere"], "nowhere"), (["--clip", "0"], "--clip 0"),
+    (["--beta", "1,2", "--stage", "mean-field"], "--sft-adapter"),
+])  # fmt: skip
+def test_bad_options_are_one_line(options, tmp_path, arguments, said, door):
+    code, _, errors = door(*options, *arguments, "--out", tmp_path / "out")
+    assert code == 2 and said in errors and len(errors.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_for_another_backbone_is_refused_by_name_and_shape(options, tmp_path, door):
+    other = LanguageModel.load(train.CHECKPOINTS / "tiny")
+    other.add_adapter("mean-field", rank=2)
+    other.save_adapter("mean-field", tmp_path / "mean-field")
+    code, _, errors = door(*options, "--stage", "policy", "--mean-field-adapter", tmp_path / "mean-field", "--out", tmp_path / "out")
+    assert code == 2 and "q_proj" in errors and "192" in errors and len(errors.splitlines()) == 1
