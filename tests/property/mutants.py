@@ -10,8 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from types import CodeType, FunctionType
 
-from mfllm_ref.lm import LanguageModel
-from mfllm_ref.society import agora, rollout, signals
+from mfllm_ref import metrics
+from mfllm_ref.lm import LanguageModel, tokenizer
+from mfllm_ref.lm.lora import Adapters
+from mfllm_ref.society import agora, readers, rollout, signals
 from mfllm_ref.society.rollout import State
 from mfllm_ref.society.signals import History
 
@@ -43,7 +45,7 @@ class Mutant:
         return made.__code__
 
 
-FIELD = "property/test_mean_field.py::"
+FIELD, PARTS = "property/test_mean_field.py::", "property/test_parts.py::"
 MUTANTS = [
     # (1) exchangeability
     Mutant(FIELD + "test_agents_of_a_step_are_exchangeable", State.mean_field_prompt,
@@ -96,4 +98,22 @@ MUTANTS = [
     Mutant(FIELD + "test_methods_that_show_an_agent_the_same_prompt_get_the_same_action", rollout._seed,
            "state.world.event.id", "state.world.method.name"),
     Mutant(FIELD + "test_equal_prompts_alone_do_not_make_equal_actions", rollout._seed, ", state.ids[index]", ""),
+    # distributions
+    Mutant(PARTS + "test_kl_is_never_negative_and_zero_for_equals_alone", metrics._kl,
+           "np.log(p) - np.log(q)", "np.log(p) + np.log(q)"),
+    Mutant(PARTS + "test_w1_is_a_metric", metrics._w1, "np.abs(", "np.maximum(0, "),
+    Mutant(PARTS + "test_dtw_is_symmetric_and_the_cheapest_path", metrics._dtw,
+           "np.minimum(total[i, j + 1], total[i + 1, j])", "total[i, j + 1]"),
+    Mutant(PARTS + "test_f1_lies_in_the_unit_interval", metrics._f1, "np.maximum(items, 1)", "np.maximum(items - hits, 1)"),
+    # adapters
+    Mutant(PARTS + "test_a_fresh_adapter_is_the_identity", Adapters.add, "torch.zeros(", "torch.ones("),
+    Mutant(PARTS + "test_the_weight_delta_is_linear_in_alpha", Adapters.merge, "(b @ a) * scale", "(b @ a) * scale**2"),
+    Mutant(PARTS + "test_merge_then_unmerge_restores_the_bits", Adapters.unmerge,
+           ".weight = weight", ".weight = nn.Parameter(weight + 0, requires_grad=False)"),
+    # words, files and tokenizers
+    Mutant(PARTS + "test_shares_in_words_are_read_back", signals.verbalise, "{value:02d}", "{value // 10}0"),
+    Mutant(PARTS + "test_events_are_read_as_they_were_written", readers._record, "action.agent.reach or None", "None"),
+    Mutant(PARTS + "test_the_tiny_tokenizer_decodes_what_it_encoded", tokenizer.Tokenizer.decode_batch,
+           "[list(ids) for ids in batch]", "[list(ids[:-1]) for ids in batch]"),
+    Mutant(PARTS + "test_no_text_gives_a_special_or_added_id", tokenizer._Json.encode, "self.plain if", "self.full if"),
 ]  # fmt: skip
