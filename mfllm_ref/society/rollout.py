@@ -176,7 +176,7 @@ def _act(lm: LanguageModel, states: Sequence[State], step: int, settings: Settin
         out.append([state.world.event.actions[i].text for i in state.indices(step) if i < state.real])
         simulated = [i for i in state.indices(step) if i >= state.real]
         if state.world.method.resamples:
-            pool = [action.text for action in state.world.event.actions[: settings.warmup]]
+            pool = sorted(action.text for action in state.world.event.actions[: settings.warmup])  # exchangeable
             if not pool:
                 raise InputError(f"--warmup 0: method {state.world.method.name} has no actions to draw from")
             out[-1] += [pool[int(_seed(state, step, i) % len(pool))] for i in simulated]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mfllm_ref.society.events import DIMENSIONS
+from mfllm_ref.society.events import DIMENSIONS, hashed
 from mfllm_ref.society.prompts import Signal
 
 HALF_LIFE = 60  # actions: after so many newer ones an action counts half in the empirical shares
@@ -117,7 +117,8 @@ class History:
         # Decay by the nominal step, so that a step counts by its shares and not by its head count: telling the same
         # story with every agent twice changes nothing.
         self.retention = 0.5 ** (batch / HALF_LIFE)
-        self.newest: deque[Seen] = deque(maxlen=POPULAR_WINDOW)
+        self.newest: deque[Seen] = deque(maxlen=RECENT)
+        self.window: deque[Seen] = deque(maxlen=POPULAR_WINDOW)
         self.children: dict[int, int] = {}
         self.mean: Shares | None = None
         self.weight = 0.0
@@ -127,6 +128,9 @@ class History:
         if not step:
             return
         self.newest.extend(step)
+        # Agents of a step are exchangeable: who is still in the window and who wins a tie must not depend on their order
+        # of arrival, nor favour the start of the alphabet.
+        self.window.extend(sorted(step, key=lambda seen: (hashed(seen.text), seen.id)))
         for seen in step:
             if seen.parent is not None:
                 self.children[seen.parent] = self.children.get(seen.parent, 0) + 1
@@ -153,9 +157,9 @@ class History:
         if kind == "empirical":
             return Signal("population", (verbalise(self.population(), language),))
         if kind == "recent":
-            return Signal("recent", tuple(seen.text for seen in list(self.newest)[-RECENT:]))
+            return Signal("recent", tuple(seen.text for seen in self.newest))
         if kind == "popular":
-            # Newest first among equals: without any reach or answer known, popular is recent, newest first.
-            ranked = sorted(reversed(self.newest), key=self._score, reverse=True)
+            # Newest step first among equals: without any reach or answer known, popular is the newest step's.
+            ranked = sorted(reversed(self.window), key=self._score, reverse=True)
             return Signal("popular", tuple(seen.text for seen in ranked[:POPULAR]))
         raise ValueError(f"unknown signal {kind!r}")

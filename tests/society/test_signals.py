@@ -101,8 +101,10 @@ def test_recent_is_the_last_five_in_order():
 
 def test_popular_counts_reach_and_known_answers_among_the_last_thirty():
     history = History(10)
-    history.update([seen(_labels(), i, popularity=1e6 if i == 0 else 0.0) for i in range(10)])
+    history.update([seen(_labels(), i, popularity=1e6) for i in range(1)])
+    history.update([seen(_labels(), i) for i in range(1, 10)])
     history.update([seen(_labels(), i, popularity=50.0 if i == 12 else 0.0, parent=3) for i in range(10, 20)])
     history.update([seen(_labels(), i, parent=15 if i < 23 else None) for i in range(20, 31)])
-    # 0 is out of the window; 3 has ten answers, 12 a reach of log(51) = 3.9, 15 three answers; then the newest.
-    assert history.signal("popular", "en").lines == ("text 3", "text 12", "text 15", "text 30", "text 29")
+    # 0 is out of the window; 3 has ten answers, 12 a reach of log(51) = 3.9, 15 three answers; then the newest step's.
+    lines = history.signal("popular", "en").lines
+    assert lines[:3] == ("text 3", "text 12", "text 15") and set(lines[3:]) < {f"text {i}" for i in range(20, 31)}
