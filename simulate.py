@@ -80,7 +80,7 @@ def main() -> None:
     threads = doors.threads(args)
     device, dtype = doors.device_and_dtype(args)
     backbone = args.backbone or CHECKPOINTS / "tiny"
-    own = CHECKPOINTS / "adapters"
+    own = CHECKPOINTS / "tiny-adapters"
     folder = args.adapters or (own if args.backbone is None and own.is_dir() else None)
     given = {"policy": args.policy_adapter, "mean-field": args.mean_field_adapter}
     adapters = simulation.find_adapters(folder, given)

@@ -273,8 +273,8 @@ def evaluate(
     other events get the split-half floor. nll: method -> nats per token. Every method is scored on the events that all
     of them have. The entropy that excludes a dimension is that of its real labels pooled over the rollout actions of
     these events, each action once; its values are still given, but no mean holds them. "by_domain" is {DOMAIN:
-    {"events": n, "floor": x, "methods": {METHOD: mean KL}}}; beyond the contract, "kl_by_event" {METHOD: {EVENT: mean
-    KL}} is for paired comparisons and "notes" says why a field is null. ValueError for nothing to score.
+    {"events": n, "floor": x, "methods": {METHOD: mean KL}}}; beyond the contract, "kl_by_event" is {METHOD: {EVENT: mean
+    KL}}, "difference" {RIVAL: `paired_bootstrap` of its KL less mf-llm's} and "notes" says why a field is null. ValueError for nothing to score.
     """
     methods = list(dict.fromkeys(method for _, method, _ in worlds))
     runs: dict[str, dict[str, list[Trajectory]]] = {}
@@ -341,8 +341,9 @@ def evaluate(
         means = {method: mean(kl[row, inside]) for row, method in enumerate(methods)}
         by_domain[domain] = {"events": int(inside.sum()), "floor": mean(floor[inside]), "methods": means}
     by_event = {m: {event: mean(kl[i, k]) for k, event in enumerate(events)} for i, m in enumerate(methods)}
+    apart = {m: paired_bootstrap(by_event[m], by_event[OURS]) for m in reduction}
     return {
-        "methods": table, "reduction": reduction, "gap_closed": gap_closed, "floor": by_dimension(floor),
+        "methods": table, "reduction": reduction, "gap_closed": gap_closed, "difference": apart, "floor": by_dimension(floor),
         "by_domain": by_domain, "excluded_dimensions": excluded, "kl_by_event": by_event, "notes": notes,
     }  # fmt: skip
 

@@ -93,6 +93,7 @@ OPTIONS = ("--steps", 4, "--rows", 2, "--micro", 1, "--samples", 2, "--save-ever
 @pytest.fixture
 def options(data, random_folder, monkeypatch):
     monkeypatch.setattr(tuning, "compare", lambda *a: {})  # the random model's texts say nothing
+    monkeypatch.setattr(tuning, "SHOWN", 1)
     return ["--data", data, "--backbone", random_folder, *OPTIONS]
 
 
