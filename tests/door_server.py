@@ -7,6 +7,7 @@ minus its number as code. A request to start may hold "file_bytes", a limit on t
 "after", the seconds before it is sent.
 """
 
+import functools
 import json
 import os
 import resource
@@ -29,6 +30,7 @@ from mfllm_ref.society import response
 pretrain.SHAPES["tiny"] = pretrain.Shape(dim=32, layers=1, heads=2, kv_heads=1, intermediate=48, vocab=700)
 pretrain.TOKENIZER_DOCUMENTS, pretrain.HELD_OUT = 40, 1
 response.LEVELS = (0.1, 0.9)
+pretrain.response_curves = tuning.response_curves = functools.partial(response.response_curves, agents=3, action_tokens=4)
 tuning.SHOWN = 1
 DOORS = {"simulate.py": simulate.main, "train.py": train.main}
 operations = 0

@@ -66,7 +66,7 @@ def case(request, server, random_folder, tmp_path_factory):
     """(arguments, what an uninterrupted run leaves, its result)."""
     folder = tmp_path_factory.mktemp(request.param)
     events = [agora.event("train", index) for index in range(6)]
-    write_events([replace(event, actions=event.actions[:80], posts=()) for event in events], folder / "events.jsonl")
+    write_events([replace(event, actions=event.actions[:70], posts=()) for event in events], folder / "events.jsonl")
     arguments = [word.format(backbone=random_folder, data=folder / "events.jsonl") for word in CASES[request.param]]
     whole = server.run(*arguments, "--out", folder / "whole")
     assert whole["code"] == 0 and whole["stderr"] == "", whole
