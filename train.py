@@ -36,7 +36,8 @@ def parser() -> doors.Parser:
     out.add_argument("--data", type=Path, metavar="PATH", help="events (default: the built-in world). Pretraining leaves a "
                      "fifth of them out, for tuning")  # fmt: skip
     out.add_argument("--split", help="folder of that name in --data")
-    out.add_argument("--steps", type=doors.positive, help="optimizer steps, of a stage (default: 100; pretrain: 1500)")
+    out.add_argument("--steps", type=doors.positive, help="optimizer steps, of each stage (default: mean-field 60, "
+                     "policy 300, pretrain 1500)")  # fmt: skip
     out.add_argument("--rows", type=doors.positive, help="population steps, or documents, that an update learns from "
                      "(default: 8; pretrain: 12)")  # fmt: skip
     out.add_argument("--lr", type=float, help="peak learning rate (default: 0.002; pretrain: 0.004)")
@@ -108,12 +109,13 @@ def tuning(args: argparse.Namespace, out: Path, common: dict) -> None:
     from mfllm_ref.society.response import LEVELS, WATCHED
 
     settings = ib_tune.Settings(
-        args.steps or 100, args.rows or 8, args.micro, 2e-3 if args.lr is None else args.lr, args.samples, args.beta[0],
+        args.steps or 300, args.rows or 8, args.micro, 2e-3 if args.lr is None else args.lr, args.samples, args.beta[0],
         args.repetition_penalty, args.summary_tokens, args.clip, args.seed,
     )  # fmt: skip
     for beta in args.beta:
         dataclasses.replace(settings, beta=beta).check()
-    todo = tuning.jobs(args.stage, args.method.split(",") if args.method else None, settings.steps, args.beta)
+    steps = (args.steps or 60, args.steps or 300)
+    todo = tuning.jobs(args.stage, args.method.split(",") if args.method else None, steps, args.beta)
     device, dtype = doors.device_and_dtype(args)
     backbone = args.backbone or CHECKPOINTS / "tiny"
     data = args.data / args.split if args.data and args.split else args.data

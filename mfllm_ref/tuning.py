@@ -45,17 +45,17 @@ class Job:
     beta: float | None = None
 
 
-def jobs(stage: str, methods: Sequence[str] | None, steps: int, betas: Sequence[float]) -> list[Job]:
+def jobs(stage: str, methods: Sequence[str] | None, steps: tuple[int, int], betas: Sequence[float]) -> list[Job]:
     """What to tune, in order. stage "mean-field", "policy", "sft" or "all"; methods: those that the adapters are for, by
-    default mf-llm, or the four rivals of stage "sft". A rival gets as many updates as mf-llm's two stages have. Several
-    betas: a mean-field adapter each, called beta-<X>/mean-field.
+    default mf-llm, or the four rivals of stage "sft"; steps: updates of the mean-field stage and of the policy stage. A rival
+    gets as many as both. Several betas: a mean-field adapter each, called beta-<X>/mean-field.
 
     Raises InputError for methods that do not exist or that the stage cannot tune.
     """
     if len(betas) > 1:
         if stage != MEAN_FIELD:
             raise InputError("--beta: several values are for --stage mean-field")
-        return [Job(f"beta-{beta:g}/{MEAN_FIELD}", None, None, steps, beta) for beta in dict.fromkeys(betas)]
+        return [Job(f"beta-{beta:g}/{MEAN_FIELD}", None, None, steps[0], beta) for beta in dict.fromkeys(betas)]
     if methods is None:
         methods = RIVALS if stage == "sft" else ("mf-llm",)
     elif list(methods) == ["all"]:
@@ -67,11 +67,11 @@ def jobs(stage: str, methods: Sequence[str] | None, steps: int, betas: Sequence[
     chosen = [METHODS[name] for name in METHODS if name in methods]
     found: dict[str, Job] = {}
     if stage in ("all", MEAN_FIELD) and (stage == MEAN_FIELD or any(m.mean_field for m in chosen)):
-        found[MEAN_FIELD] = Job(MEAN_FIELD, None, None, steps, betas[0])
+        found[MEAN_FIELD] = Job(MEAN_FIELD, None, None, steps[0], betas[0])
     for method in sorted(chosen, key=lambda m: m.policy != POLICY):
         if method.policy and stage in ("all", "sft" if method.name in RIVALS else POLICY):
-            twice = 2 if method.name in RIVALS else 1
-            found[method.policy] = Job(method.policy, method.signal, method.mean_field, twice * steps)
+            updates = sum(steps) if method.name in RIVALS else steps[1]
+            found[method.policy] = Job(method.policy, method.signal, method.mean_field, updates)
     if not found:
         raise InputError(f"--method {','.join(methods)}: stage {stage} tunes nothing of it")
     return list(found.values())
@@ -200,9 +200,9 @@ class Tuner:
 
     def _policy(self, job: Job, settings: Settings) -> tuple[Callable, Callable, Callable]:
         pasts = self.tuned
-        if job.signal == "mean-field":  # as many events as give every step about once: their mean fields take time to write
+        if job.signal == "mean-field":  # so many events that a step comes up about twice: mean fields take time to write
             steps = np.cumsum([past.steps - 1 for past in pasts])
-            pasts = pasts[: int(np.searchsorted(steps, job.steps * settings.rows)) + 1]
+            pasts = pasts[: int(np.searchsorted(steps, job.steps * settings.rows // 2)) + 1]
             fields = self._fields(f"{job.name}.train", job, pasts, settings, None)
             dev_fields = self._fields(f"{job.name}.dev", job, self.dev, settings, max(DEV_STEPS) + 1)
 

@@ -46,24 +46,24 @@ def names(jobs):
 
 
 def test_stages_and_methods_decide_what_is_tuned():
-    both = [("mean-field", None, None, 5), ("policy", "mean-field", "mean-field", 5)]
-    rivals = [("sft", "none", None, 10), ("recent-sft", "recent", None, 10), ("popular-sft", "popular", None, 10),
-              ("empirical-sft", "empirical", None, 10)]  # fmt: skip
-    assert names(tuning.jobs("all", None, 5, [1.0])) == both
-    assert names(tuning.jobs("mean-field", None, 5, [1.0])) == both[:1]
-    assert names(tuning.jobs("policy", None, 5, [1.0])) == both[1:]
-    assert names(tuning.jobs("sft", None, 5, [1.0])) == rivals
-    assert names(tuning.jobs("sft", ["recent-sft"], 5, [1.0])) == rivals[1:2]
-    assert names(tuning.jobs("policy", ["mf-llm-no-ib-mf"], 5, [1.0])) == [("policy-no-ib-mf", "mean-field", None, 5)]
-    assert set(names(tuning.jobs("all", ["all"], 5, [1.0]))) == {*both, *rivals, ("policy-no-ib-mf", "mean-field", None, 5)}
-    assert names(tuning.jobs("all", ["all"], 5, [1.0]))[:2] == both, "a policy is tuned on summaries of the mean field before it"
-    plane = tuning.jobs("mean-field", None, 5, [0.1, 10.0])
+    both = [("mean-field", None, None, 5), ("policy", "mean-field", "mean-field", 4)]
+    rivals = [("sft", "none", None, 9), ("recent-sft", "recent", None, 9), ("popular-sft", "popular", None, 9),
+              ("empirical-sft", "empirical", None, 9)]  # fmt: skip
+    assert names(tuning.jobs("all", None, (5, 4), [1.0])) == both
+    assert names(tuning.jobs("mean-field", None, (5, 4), [1.0])) == both[:1]
+    assert names(tuning.jobs("policy", None, (5, 4), [1.0])) == both[1:]
+    assert names(tuning.jobs("sft", None, (5, 4), [1.0])) == rivals
+    assert names(tuning.jobs("sft", ["recent-sft"], (5, 4), [1.0])) == rivals[1:2]
+    assert names(tuning.jobs("policy", ["mf-llm-no-ib-mf"], (5, 4), [1.0])) == [("policy-no-ib-mf", "mean-field", None, 4)]
+    assert set(names(tuning.jobs("all", ["all"], (5, 4), [1.0]))) == {*both, *rivals, ("policy-no-ib-mf", "mean-field", None, 4)}
+    assert names(tuning.jobs("all", ["all"], (5, 4), [1.0]))[:2] == both, "a policy is tuned on summaries of the mean field before it"
+    plane = tuning.jobs("mean-field", None, (5, 4), [0.1, 10.0])
     assert [(job.name, job.beta) for job in plane] == [("beta-0.1/mean-field", 0.1), ("beta-10/mean-field", 10.0)]
     for stage, methods in (("all", ["state"]), ("all", ["x"]), ("sft", ["mf-llm"]), ("policy", ["sft"])):
         with pytest.raises(InputError, match="--method"):
-            tuning.jobs(stage, methods, 5, [1.0])
+            tuning.jobs(stage, methods, (5, 4), [1.0])
     with pytest.raises(InputError, match="--beta"):
-        tuning.jobs("all", None, 5, [1.0, 2.0])
+        tuning.jobs("all", None, (5, 4), [1.0, 2.0])
 
 
 def test_events_that_select_are_not_tuned_on(data):

@@ -197,19 +197,23 @@ def _compare(stored: Mapping[str, Path], name: str, other: str) -> None:
 
 def save_folder(folder: Path, config: tuple[str, dict[str, Any]], weights: tuple[str, dict[str, Tensor]]) -> None:
     """Write a JSON file and a safetensors file, each given as (name, content), into `folder` (made if need be). Both
-    are written and flushed under temporary names first, so that an interruption leaves no half-written file."""
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = {name: folder / f".{name}.{os.getpid()}.tmp" for name in (weights[0], config[0])}
+    are written and flushed under temporary names first, so that an interruption leaves no half-written file.
+    InputError where the disk refuses."""
+    temporary = {name: folder / f".{name}.part" for name in (weights[0], config[0])}
+    tensors = {name: tensor.contiguous() for name, tensor in weights[1].items()}
+    text = json.dumps(config[1], indent=2, ensure_ascii=False, allow_nan=False, sort_keys=True) + "\n"
     try:
-        tensors = {name: tensor.contiguous() for name, tensor in weights[1].items()}
-        save_file(tensors, temporary[weights[0]], {"format": "pt"})
-        text = json.dumps(config[1], indent=2, ensure_ascii=False, allow_nan=False, sort_keys=True) + "\n"
-        temporary[config[0]].write_text(text, encoding="utf-8")
-        for file in temporary.values():
-            with open(file, "rb") as handle:
-                os.fsync(handle.fileno())
-        for name, file in temporary.items():
-            os.replace(file, folder / name)
-    finally:
-        for file in temporary.values():
-            file.unlink(missing_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            save_file(tensors, temporary[weights[0]], {"format": "pt"})
+            temporary[config[0]].write_text(text, encoding="utf-8")
+            for file in temporary.values():
+                with open(file, "rb") as handle:
+                    os.fsync(handle.fileno())
+            for name, file in temporary.items():
+                os.replace(file, folder / name)
+        finally:
+            for file in temporary.values():
+                file.unlink(missing_ok=True)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{folder}: cannot be written ({error})") from error

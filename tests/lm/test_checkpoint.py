@@ -1,6 +1,7 @@
 """Checkpoint folders: both ways with transformers, and every kind of damage refused in one line that names it."""
 
 import json
+import resource
 import struct
 import subprocess
 import sys
@@ -101,6 +102,22 @@ def test_saving_is_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(KeyboardInterrupt):
         save_backbone(random_backbone("qwen3"), tmp_path)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_a_disk_that_refuses_is_one_line(tmp_path: Path) -> None:
+    """A limit on file size stands for the full disk: the old checkpoint stays, nothing is left beside it."""
+    save_backbone(random_backbone("llama"), tmp_path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
+    try:
+        with pytest.raises(InputError, match="too large"):
+            save_backbone(random_backbone("qwen3"), tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+    with pytest.raises(InputError, match="config.json"):
+        save_backbone(random_backbone("qwen3"), tmp_path / "config.json")
 
 
 def test_a_cache_of_symbolic_links_is_followed(tmp_path: Path) -> None:

@@ -1,0 +1,103 @@
+"""Runs the doors in forked processes that can be killed, for `test_crashes.py`: torch is imported once, not once a run.
+
+Reads one JSON request a line and answers with one: {"start": [DOOR, ARGUMENT, ...]} forks a run and answers {"run": id};
+{"end": id} waits for it and answers {"code", "stdout", "stderr", "seconds", "operations"}, where a run that a signal ended has
+minus its number as code. A request to start may hold "file_bytes", a limit on the size of files, which stands for a full disk;
+"die_at", the number of the disk operation in whose middle the run kills itself; with "end" there may be "signal" and
+"after", the seconds before it is sent.
+"""
+
+import json
+import os
+import resource
+import signal
+import sys
+import time
+from pathlib import Path
+
+import matplotlib.pyplot  # noqa: F401  (what the doors import late, so that a run starts at once)
+import torch
+import torch._dynamo  # noqa: F401
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import simulate
+import train
+from mfllm_ref import doors, pretrain, report, simulation  # noqa: F401
+from mfllm_ref.society import response
+
+# Everything as in earnest, but small.
+pretrain.SHAPES["tiny"] = pretrain.Shape(dim=32, layers=1, heads=2, kv_heads=1, intermediate=48, vocab=700)
+pretrain.TOKENIZER_DOCUMENTS, pretrain.HELD_OUT, pretrain.WATCHED = 40, 1, {"stance": "oppose"}
+response.LEVELS = (0.1, 0.9)
+DOORS = {"simulate.py": simulate.main, "train.py": train.main}
+operations = 0
+
+
+def dying(operation, die_at):
+    """The disk operation; the die_at-th is cut short by SIGKILL: a write is half done, all others are not."""
+
+    def run(*arguments, **options):
+        global operations
+        operations += 1
+        if operations == die_at:
+            if operation.__name__ == "write":
+                operation(arguments[0], bytes(arguments[1])[: len(arguments[1]) // 2])
+            os.kill(os.getpid(), signal.SIGKILL)
+        return operation(*arguments, **options)
+
+    return run
+
+
+def child(arguments, out, err, count, file_bytes=None, die_at=None):
+    torch.set_num_threads(1)
+    os.dup2(out, 1)
+    os.dup2(err, 2)
+    if file_bytes is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
+    for name in ("write", "replace", "fsync", "ftruncate", "unlink"):
+        setattr(os, name, dying(getattr(os, name), die_at))
+    sys.argv = [str(argument) for argument in arguments]
+    code = doors.run_door(arguments[0], DOORS[arguments[0]])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.write(count, str(operations).encode())
+    os._exit(code)
+
+
+def main():
+    runs = {}
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "start" in request:
+            pipes = [os.pipe() for _ in range(3)]  # files would fall under the limit; what a run says fits into a pipe
+            pid = os.fork()
+            if pid == 0:
+                try:
+                    child(request.pop("start"), *(pipe[1] for pipe in pipes), **request)
+                except BaseException:  # noqa: BLE001  (an uncaught error is what a test must see: as the interpreter shows it)
+                    sys.excepthook(*sys.exc_info())
+                    sys.stderr.flush()
+                os._exit(1)
+            for pipe in pipes:
+                os.close(pipe[1])
+            runs[pid] = [os.fdopen(pipe[0]) for pipe in pipes], time.monotonic()
+            answer = {"run": pid}
+        else:
+            pid = request["end"]
+            if "signal" in request:
+                time.sleep(request["after"])
+                os.kill(pid, request["signal"])
+            sent = time.monotonic()
+            code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            files, began = runs.pop(pid)
+            texts = []
+            for file in files:
+                with file:
+                    texts.append(file.read())
+            answer = {"code": code, "stdout": texts[0], "stderr": texts[1], "operations": int(texts[2] or 0),
+                      "seconds": time.monotonic() - began, "after_signal": time.monotonic() - sent}  # fmt: skip
+        print(json.dumps(answer), flush=True)
+
+
+main()
+os._exit(0)  # the interpreter takes seconds to clean up after torch

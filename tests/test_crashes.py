@@ -1,0 +1,187 @@
+"""What the doors leave on disk when they are killed, interrupted, out of space or started twice, and what --resume makes
+of it. Each door is run in processes of its own, on tiny models."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mfllm_ref.runs import LOCK_FILE, TIME_FIELDS
+from mfllm_ref.society import agora
+from mfllm_ref.society.readers import write_events
+
+ROOT = Path(__file__).resolve().parents[1]
+# A door and what it is run with; further stages of training go here.
+CASES = {
+    "simulate": ["simulate.py", "--backbone", "{backbone}", "--events", "1", "--agents", "40", "--warmup", "10", "--batch", "5",
+                 "--method", "recent,persistence,mf-llm-no-ib", "--action-tokens", "4", "--summary-tokens", "6"],
+    "pretrain": ["train.py", "--stage", "pretrain", "--data", "{data}", "--shape", "tiny", "--steps", "5", "--rows", "2",
+                 "--save-every", "2"],
+}  # fmt: skip
+ROWS = {"simulate.py": "trajectory.jsonl", "train.py": "log.jsonl"}
+KILLS = 5  # a case, at random times; as many more in the middle of an operation on the disk
+
+
+class Server:
+    """Runs doors in processes that can be killed; see door_server.py."""
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, ROOT / "tests" / "door_server.py"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+
+    def ask(self, **request) -> dict:
+        print(json.dumps(request), file=self.process.stdin, flush=True)
+        return json.loads(self.process.stdout.readline())
+
+    def start(self, *arguments, **how) -> int:
+        return self.ask(start=[*map(str, arguments), "--threads", "1"], **how)["run"]
+
+    def run(self, *arguments, **how) -> dict:
+        end = {key: how.pop(key) for key in ("signal", "after") if key in how}
+        return self.ask(end=self.start(*arguments, **how), **end)
+
+
+@pytest.fixture(scope="module")
+def server():
+    server = Server()
+    yield server
+    server.process.stdin.close()
+    assert server.process.wait(20) == 0
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request, server, random_folder, tmp_path_factory):
+    """(arguments, what an uninterrupted run leaves, its result)."""
+    folder = tmp_path_factory.mktemp(request.param)
+    write_events([agora.event("train", index) for index in range(6)], folder / "events.jsonl")
+    arguments = [word.format(backbone=random_folder, data=folder / "events.jsonl") for word in CASES[request.param]]
+    whole = server.run(*arguments, "--out", folder / "whole")
+    assert whole["code"] == 0 and whole["stderr"] == "", whole
+    return arguments, contents(folder / "whole"), whole
+
+
+def contents(out: Path) -> dict[str, object]:
+    """Every file of a run by name; run.json and log.jsonl without their time fields. The lock has no content."""
+    found: dict[str, object] = {}
+    for path in sorted(out.iterdir()):
+        if path.name in ("run.json", "log.jsonl"):
+            text = path.read_text("utf-8")
+            rows = [json.loads(line) for line in text.splitlines()] if path.name == "log.jsonl" else [json.loads(text)]
+            found[path.name] = [list({k: v for k, v in row.items() if k not in TIME_FIELDS}.items()) for row in rows]
+        elif path.name != LOCK_FILE:
+            found[path.name] = path.read_bytes()
+    return found
+
+
+def resumed(server: Server, arguments: list[str], out: Path, expected: dict[str, object]) -> None:
+    """--resume ends, and what is there is what an uninterrupted run leaves."""
+    result = server.run(*arguments, "--out", out, "--resume")
+    assert result["code"] == 0 and result["stderr"] == "", result
+    found = contents(out)
+    assert found.keys() == expected.keys()
+    assert [name for name in found if found[name] != expected[name]] == []
+
+
+def test_killed_at_any_moment_and_resumed_it_ends_at_the_same_bytes(server, case, tmp_path):
+    """SIGKILL at random moments, of the run and of the runs that resume it; then one that is left alone."""
+    arguments, expected, whole = case
+    rng, duration = random.Random(0), whole["seconds"]
+    kills = rounds = 0
+    while kills < KILLS:
+        out = tmp_path / str(rounds)
+        for _ in range(3):
+            after = rng.uniform(0, duration)
+            killed = server.run(*arguments, "--out", out, "--resume", signal=signal.SIGKILL, after=after)
+            assert killed["code"] in (-signal.SIGKILL, 0), killed
+            kills += killed["code"] != 0
+            duration = duration if killed["code"] else after  # it came too late: other work had made the first run slow
+        resumed(server, arguments, out, expected)
+        rounds += 1
+
+
+def test_killed_in_the_middle_of_a_disk_operation_it_ends_at_the_same_bytes(server, case, tmp_path):
+    """SIGKILL within a write, before a rename, a flush, a cut or a removal: half a line, half a file."""
+    arguments, expected, whole = case
+    assert whole["operations"] > 3 * KILLS
+    for die_at in range(2, whole["operations"], whole["operations"] // (KILLS - 1)):
+        out = tmp_path / str(die_at)
+        assert server.run(*arguments, "--out", out, die_at=die_at)["code"] == -signal.SIGKILL
+        assert server.run(*arguments, "--out", out, "--resume", die_at=4)["code"] in (-signal.SIGKILL, 0)
+        resumed(server, arguments, out, expected)
+
+
+def test_ctrl_c_ends_at_once_and_can_be_resumed(server, case, tmp_path):
+    """Exit 130 within 2 s, one line that says what to do, and --resume ends at the same bytes."""
+    arguments, expected, _ = case
+    started = server.start(*arguments, "--out", tmp_path / "a")
+    rows = tmp_path / "a" / ROWS[arguments[0]]
+    while not rows.exists() or not rows.stat().st_size:
+        time.sleep(0.005)
+    ended = server.ask(end=started, signal=signal.SIGINT, after=0)
+    assert ended["code"] == 130 and ended["after_signal"] < 2, ended
+    assert len(ended["stderr"].splitlines()) == 1 and "--resume" in ended["stderr"]
+    assert json.loads((tmp_path / "a" / "run.json").read_text())["status"] == "interrupted"
+    resumed(server, arguments, tmp_path / "a", expected)
+
+
+def test_a_full_disk_is_one_line_and_can_be_resumed(server, case, tmp_path):
+    """Wherever space runs out: exit 2, one line that names the file, and with space again the same bytes."""
+    arguments, expected, _ = case
+    sizes = sorted(len(content) for content in expected.values() if isinstance(content, bytes))
+    for k, size in enumerate((0, 3000, sizes[-1] - 1)):
+        out = tmp_path / str(k)
+        full = server.run(*arguments, "--out", out, file_bytes=size)
+        assert full["code"] == 2 and len(full["stderr"].splitlines()) == 1 and str(out) in full["stderr"], full
+        resumed(server, arguments, out, expected)
+
+
+@pytest.mark.parametrize("out", ["/dev/full", "/proc/nowhere/run", "{file}/below", "{file}"])
+def test_where_nothing_can_be_written_is_one_line(server, case, tmp_path, out):
+    (tmp_path / "file").write_text("mine")
+    out = out.format(file=tmp_path / "file")
+    result = server.run(*case[0], "--out", out)
+    assert result["code"] == 2 and len(result["stderr"].splitlines()) == 1 and out in result["stderr"], result
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_a_second_run_on_one_out_is_refused(server, case, tmp_path):
+    """While the first lives the second is refused, with --resume too, and the first ends as if it had been alone."""
+    arguments, expected, _ = case
+    first = server.start(*arguments, "--out", tmp_path / "a")
+    while not (tmp_path / "a" / "run.json").exists():
+        time.sleep(0.01)
+    second = server.run(*arguments, "--out", tmp_path / "a", "--resume")
+    assert second["code"] == 2 and "another run is writing there" in second["stderr"], second
+    assert server.ask(end=first)["code"] == 0
+    assert contents(tmp_path / "a") == expected
+
+
+OTHER = {
+    "simulate.py": {"--seed": "3", "--agents": "39", "--batch": "4", "--warmup": "9", "--action-tokens": "5", "--method": "recent",
+                    "--summary-tokens": "5", "--seeds": "2", "--events": "2", "--dtype": "float64"},
+    "train.py": {"--seed": "3", "--steps": "7", "--rows": "3", "--lr": "0.001", "--batch": "5", "--save-every": "3",
+                 "--model-type": "llama"},
+}  # fmt: skip
+
+
+def test_resuming_with_other_settings_is_refused_by_name(server, case, tmp_path):
+    """The line names the setting that differs; the folder stays as it is."""
+    arguments, expected, whole = case
+    out = tmp_path / "a"
+    assert server.run(*arguments, "--out", out, die_at=whole["operations"] // 2)["code"] == -signal.SIGKILL
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    for option, value in OTHER[arguments[0]].items():
+        refused = server.run(*arguments, option, value, "--out", out, "--resume")
+        name = {"--method": "methods"}.get(option, option.strip("-").replace("-", "_"))
+        assert refused["code"] == 2 and f" {name} was " in refused["stderr"], refused
+        assert len(refused["stderr"].splitlines()) == 1
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    resumed(server, arguments, out, expected)
