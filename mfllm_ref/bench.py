@@ -5,6 +5,8 @@
     scale        wall time and peak memory of whole rollouts, against agents and against worlds
     predict      the arithmetic of a large run on several accelerators
 
+--prefix, --suffix and --new are tokens: what all agents share, what each has of its own, and what each writes.
+
 Notable:
 - A rival has the very same weights (the tensors are shared), prompts, threads and device. Both take turns in one process and
   medians are compared; no time is printed before greedy tokens, or loss and gradient, have agreed in float32.
@@ -15,19 +17,16 @@ Notable:
 import argparse
 import importlib
 import itertools
-import json
 import math
-import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -36,18 +35,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mfllm_ref import doors, ib_tune, metrics, pretrain, report, runs, simulation
+from mfllm_ref import doors, ib_tune, pretrain, report, runs
+from mfllm_ref.arithmetic import Load, Society
+from mfllm_ref.arithmetic import predict as predicted
 from mfllm_ref.errors import InputError
 from mfllm_ref.lm import LanguageModel
 from mfllm_ref.lm.backbone import Backbone
 from mfllm_ref.lm.checkpoint import load_backbone
-from mfllm_ref.lm.config import Config
 from mfllm_ref.lm.tokenizer import Tokenizer
-from mfllm_ref.society import agora, prompts
-from mfllm_ref.society.annotate import RuleAnnotator
+from mfllm_ref.scale import scale
 from mfllm_ref.society.corpus import Document
-from mfllm_ref.society.events import Event
-from mfllm_ref.society.rollout import METHODS, Settings, World
 
 TINY = Path(__file__).resolve().parents[1] / "checkpoints" / "tiny"
 SHAPES = {
@@ -56,109 +53,9 @@ SHAPES = {
     "qwen2-0.5b": pretrain.Shape(dim=896, layers=24, heads=14, kv_heads=2, intermediate=4864, vocab=151_936),
     "qwen2-1.5b": pretrain.Shape(dim=1536, layers=28, heads=12, kv_heads=2, intermediate=8960, vocab=151_936),
 }
-FITTED_FROM = 1000  # agents: below, starting costs hide how a run scales
-
-
-# ---- arithmetic ----------------------------------------------------------------------------------------------------
-
-
-class Cost(NamedTuple):
-    """Of one batch: FLOPs to read its prompts; FLOPs to write, and bytes of weights and of keys and values read meanwhile."""
-
-    prefill: float
-    decode: float
-    weights: float
-    keys: float
-
-    @property
-    def flops(self) -> float:
-        return self.prefill + self.decode
-
-    @property
-    def bytes(self) -> float:
-        return self.weights + self.keys
-
-    def seconds(self, flops: float, bandwidth: float) -> float:
-        """Roofline time at `flops` a second and `bandwidth` bytes a second."""
-        return self.prefill / flops + max(self.decode / flops, self.bytes / bandwidth)
-
-
-@dataclass(frozen=True, slots=True)
-class Load:
-    """A batch in tokens: in each of `worlds`, `agents` B share a `prefix` P, read a `suffix` S of their own each and write
-    `new` G."""
-
-    agents: float
-    prefix: float
-    suffix: float
-    new: float
-    worlds: float = 1
-
-    def cost(self, config: Config, itemsize: int = 4, computed_once: bool = True, stored_once: bool = True) -> Cost:
-        """The README's formulas. computed_once: a world's prefix is run once, not once an agent; stored_once: and its
-        keys and values are kept and read once. itemsize: bytes a number."""
-        layer = config.dim * (2 * config.heads + 2 * config.kv_heads) * config.head_dim + 3 * config.dim * config.intermediate
-        matrices, head = config.layers * layer, config.vocab_size * config.dim
-        pair = 4 * config.layers * config.heads * config.head_dim  # FLOPs of one query on one key, all layers
-        cached = 2 * config.layers * config.kv_heads * config.head_dim * itemsize  # bytes a token
-        b, p, s, g = self.agents, self.prefix, self.suffix, self.new
-        if computed_once:  # the last layer runs for the last token alone
-            prefill = (1 - 1 / config.layers) * (2 * matrices * (p + b * s) + pair * (p * p / 2 + b * s * (p + s / 2)))
-            passes = g - 1 + 1 / config.layers
-        else:
-            prefill, passes = b * (2 * matrices * (p + s) + pair * (p + s) ** 2 / 2), g - 1
-        decode = b * (passes * (2 * matrices + pair * (p + s + g / 2)) + 2 * g * head)
-        keys = p + b * (s + g / 2) if stored_once else b * (p + s + g / 2)
-        w = self.worlds
-        return Cost(w * prefill, w * decode, g * itemsize * (matrices + head), g * w * cached * keys)
-
-
-def told_everything(config: Config, load: Load, agents: int) -> float:
-    """FLOPs of simulating `agents` in steps of load.agents if each were told all previous actions, the listing being run once
-    a step: quadratic in agents. `load.prefix` is what they are told besides."""
-    steps = -(-agents // int(load.agents))
-    return sum(
-        replace(load, agents=min(load.agents, agents - k * load.agents), prefix=load.prefix + k * load.agents * load.new)
-        .cost(config).flops for k in range(steps)
-    )  # fmt: skip
-
-
-def exponent(sizes: Sequence[float], seconds: Sequence[float]) -> float:
-    """Least-squares slope of log seconds on log size. InputError for under two sizes."""
-    if len(set(sizes)) < 2:
-        raise InputError("a scaling exponent needs two sizes")
-    return float(np.polyfit(np.log(sizes), np.log(seconds), 1)[0])
-
-
-def predict(args: argparse.Namespace) -> None:
-    """Print what a run of many agents would take: rounds of one step a world, agents (or whole worlds) spread over devices."""
-    config, itemsize = pretrain.config_for("qwen2", SHAPES[args.config], SHAPES[args.config].vocab), 2
-    flops, bandwidth = args.tflops * 1e12 * args.utilisation, args.bandwidth * 1e9 * args.utilisation
-    rows = [["worlds", "rounds", "s a round", "of it mean field", "actions a s", "hours", "GFLOP an action", "TB a device"]]
-    for worlds in args.worlds:
-        rounds = math.ceil(args.agents / worlds / args.batch)
-        agents, here = (args.batch, worlds / args.gpus) if worlds >= args.gpus else (args.batch * worlds / args.gpus, 1)
-        acting = Load(agents, args.prefix, args.suffix, args.new, here).cost(config, itemsize)
-        writing = Load(1, 0, args.head + args.batch * args.listed, args.summary, max(1, here)).cost(config, itemsize)
-        each = [cost.seconds(flops, bandwidth) for cost in (acting, writing)]
-        total = rounds * sum(each)
-        giga = (acting.flops / agents / here + writing.flops / args.batch / max(1, here)) / 1e9
-        read = rounds * (acting.bytes + writing.bytes) / 1e12
-        rows.append([worlds, rounds, f"{sum(each):.3f}", f"{each[1] / sum(each):.0%}", f"{args.agents / total:.0f}",
-                     f"{total / 3600:.2f}", f"{giga:.0f}", f"{read:.1f}"])  # fmt: skip
-    print(f"{args.agents} agents on {args.config}, bfloat16, {args.gpus} devices at {args.utilisation:.0%} of {args.tflops:g} TFLOP/s "
-          f"and {args.bandwidth:g} GB/s; B {args.batch}, P {args.prefix}, S {args.suffix}, G {args.new}, "
-          f"Q {args.head} + {args.listed} an action, T {args.summary}")  # fmt: skip
-    print_table(rows)
 
 
 # ---- contestants ---------------------------------------------------------------------------------------------------
-
-
-def print_table(rows: Sequence[Sequence[object]]) -> None:
-    """As Markdown, the first row being the head."""
-    for row in (rows[0], ["---"] * len(rows[0]), *rows[1:]):
-        print("| " + " | ".join(map(str, row)) + " |", flush=True)
 
 
 def in_turns(contestants: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
@@ -179,7 +76,7 @@ def agree(name: str, ours: Sequence[Any], theirs: Sequence[Any]) -> None:
     """SystemExit in one line where two contestants' results differ: then no time of theirs means anything."""
     for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
         if a != b:
-            raise SystemExit(f"bench: agent {i}: ours and {name} differ, so there is no time to tell: {a!r:.200} against {b!r:.200}")
+            raise SystemExit(f"bench: agent {i}: ours and {name} differ, no time is told: {a!r:.200} against {b!r:.200}")
 
 
 def rival_library(name: str) -> ModuleType:
@@ -242,20 +139,20 @@ def setting(args: argparse.Namespace, lm: LanguageModel, dtype: torch.dtype) -> 
 # ---- throughput ----------------------------------------------------------------------------------------------------
 
 
-def _causal_on_cpu(q: Sequence[int], k: Sequence[int], v: Sequence[int], dropout: float = 0.0, causal: bool = False, **_: Any) -> int:
+def _attention(q: Sequence[int], k: Sequence[int], v: object, dropout: float = 0.0, causal: bool = False, **_: Any) -> int:
     return 4 * math.prod(q) * k[2] // (1 + causal)
 
 
 def count_flops(run: Callable[[], Any]) -> tuple[Any, int]:
     """(what `run` returns, FLOPs of its matrix products as torch counts them)."""
     attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # which torch's own table lacks
-    with FlopCounterMode(display=False, custom_mapping={attention: _causal_on_cpu}) as counter:
+    with FlopCounterMode(display=False, custom_mapping={attention: _attention}) as counter:
         return run(), counter.get_total_flops()
 
 
 @torch.no_grad()
 def throughput(args: argparse.Namespace) -> None:
-    """Greedy actions a second of `LanguageModel.generate` and of transformers, for each number of agents."""
+    """Greedy actions a second, ours and transformers', for each number of agents."""
     doors.threads(args)
     device, dtype = doors.device_and_dtype(args)
     lm = our_model(args, device, end=False)
@@ -297,22 +194,24 @@ def throughput(args: argparse.Namespace) -> None:
         times = [seconds[name] / seconds["ours"] for name in ("(a)", "(b)")]
         rows.append([
             agents, *(f"{agents / s:.2f}" for s in seconds.values()), *(f"{x:.2f}" for x in times),
-            f"{costs[1].flops / costs[0].flops:.1f}", f"{costs[0].flops / agents / 1e9:.2f}", f"{counted / agents / 1e9:.2f}",
+            f"{costs[1].flops / costs[0].flops:.1f}", f"{costs[0].flops / agents / 1e9:.3g}", f"{counted / agents / 1e9:.3g}",
             f"{costs[0].flops / seconds['ours'] / 1e9:.0f}", f"{costs[2].keys / costs[0].keys:.1f}",
         ])  # fmt: skip
     print(f"greedy tokens agree in float32; {setting(args, lm, dtype)}")
-    print_table(rows)
+    print(report.markdown(rows))
 
 
 # ---- train ---------------------------------------------------------------------------------------------------------
 
 
 def train(args: argparse.Namespace) -> None:
-    """One update of IB-Tune's policy stage, forward, backward and AdamW, on one step's agents: ours and transformers + peft."""
+    """Time of one policy-stage update (forward, backward, AdamW) on one step's agents, ours and peft's."""
+    if args.dtype not in ("auto", "float32"):
+        raise InputError(f"--dtype {args.dtype}: training steps are compared in float32")
     doors.threads(args)
     device, _ = doors.device_and_dtype(args)
     peft, lm = rival_library("peft"), our_model(args, device, end=True)
-    (agents,), named = args.agents, "policy"
+    agents, named = args.agents, "policy"
     ids, start = random_prompts(lm, args, agents, args.new), args.prefix + args.suffix
     texts = [[" ".join(map(str, part)) for part in np.split(row, (args.prefix, start))] for row in ids]
     document = Document(texts[0][0] + " ", tuple((suffix + " ", action) for _, suffix, action in texts))
@@ -350,122 +249,37 @@ def train(args: argparse.Namespace) -> None:
     pairs = list(zip(ours(), theirs(), strict=True))
     gaps = [abs(a - b) / abs(b) for a, b in pairs]
     if not max(gaps) <= 1e-4:
-        raise SystemExit(f"bench: (loss, gradient norm) differ, so there is no time to tell: ours and theirs {pairs}")
+        raise SystemExit(f"bench: (loss, gradient norm) differ, no time is told: ours and theirs {pairs}")
     seconds = in_turns({"ours": ours, "theirs": theirs}, args.repeats)
     tokens = [args.prefix + agents * (args.suffix + args.new), agents * (start + args.new)]
     print(f"one policy-stage update, LoRA rank {args.rank} on all linear layers; {setting(args, lm, torch.float32)}")
-    print_table([
-        ["agents", "ours, s", "transformers + peft, s", "theirs / ours", "tokens theirs / ours", "loss differs by", "gradient norm by"],
+    print(report.markdown([
+        ["agents", "ours, s", "peft, s", "peft / ours", "tokens peft / ours", "loss differs by", "gradient norm by"],
         [agents, *(f"{s:.3f}" for s in seconds.values()), f"{seconds['theirs'] / seconds['ours']:.2f}",
          f"{tokens[1] / tokens[0]:.2f}", *(f"{gap:.0e}" for gap in gaps)],
-    ])  # fmt: skip
+    ]))  # fmt: skip
 
 
-# ---- scale ---------------------------------------------------------------------------------------------------------
+# ---- predict -------------------------------------------------------------------------------------------------------
 
 
-def long_event(actions: int) -> Event:
-    """An event of so many actions: those of the built-in train split's events, one after the other, round and round."""
-    events = (agora.event("train", i % agora.SPLITS["train"]) for i in itertools.count())
-    cycled = itertools.islice((action for event in events for action in event.actions), actions)
-    return replace(agora.event("train", 0), id=f"agora-train-{actions}", actions=tuple(cycled), posts=())
-
-
-def peak_memory() -> int:
-    """The most bytes this process ever had in memory. Linux's rusage would begin with those of the process that started it."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def rollout(args: argparse.Namespace) -> dict[str, float]:
-    """One rollout of `args.agents` actions in `args.worlds` worlds, from the event to metrics.json's numbers, by way of files."""
-    doors.threads(args)
-    device, dtype = doors.device_and_dtype(args)
-    lm = LanguageModel.load(args.backbone, device, dtype)
-    (agents,), (count,) = args.agents, args.worlds
-    event, method = long_event(agents), METHODS["mf-llm-no-ib"]
-    worlds = [World(event, method, args.seed + k) for k in range(count)]
-    settings = Settings(None, args.batch, 0, args.seed, args.new, args.summary)
-    loaded = peak_memory()
-    with tempfile.TemporaryDirectory() as folder, runs.open_run(Path(folder), {"settings": {}, "sha256": {}}) as run:
-        common = (lm, worlds, settings, RuleAnnotator(), None)
-        _, seconds = simulation.roll_out(run, "", *common, likelihood=False, progress=sys.stderr.isatty())
-        rolled, started = peak_memory(), time.perf_counter()
-        metrics.evaluate(metrics.collect(runs.read_json_lines(run.out / "trajectory.jsonl")), {event.id: event.domain})
-        measured, over = time.perf_counter() - started, peak_memory()
-        files = sum(path.stat().st_size for path in run.out.iterdir())
-        acted = [row["text"] for row in runs.read_json_lines(run.out / "trajectory.jsonl")]
-        fields = [row["text"] for row in runs.read_json_lines(run.out / "mean_field.jsonl")]
-
-    def mean(texts: Sequence[str]) -> float:
-        return float(np.mean([len(ids) for ids in lm.tokenizer.encode_batch(texts)])) if texts else 0.0
-
-    told = [prompts.policy_shared(event.language, event.topic, (), ib_tune.signal_of(text)) for text in fields or [""]]
-    first = [(action.agent.profile, text) for action, text in zip(event.actions[: args.batch], acted)]
-    listing = prompts.mean_field_prompt(event.language, event.topic, (), "".join(fields[:1]), first)
-    private = [prompts.policy_private(event.language, action.agent.profile) for action in event.actions]
-    return {
-        "agents": agents, "worlds": count, "seconds": seconds, "evaluating": measured, "loaded": loaded, "rolled": rolled,
-        "peak": over, "files": files, "prefix": mean(told), "suffix": mean(private), "new": mean(acted) + 1,
-        "listing": mean([listing]), "summary": mean(fields) + 1 if fields else 0.0, "steps": len(fields) // count + 1,
-    }  # fmt: skip
-
-
-def scale(args: argparse.Namespace) -> None:
-    """Rollouts of growing size, each in a process of its own, and what they say of the arithmetic and the exponents."""
-    if args.measure:
-        print(json.dumps(rollout(args)))
-        return
-    out = args.out or runs.default_out()
-    runs.check_place(out, resume=False)
-    config = load_backbone(args.backbone).config
-
-    def measured(agents: int, worlds: int) -> dict[str, float]:
-        names = ("backbone", "batch", "new", "summary", "device", "dtype", "seed", *(["threads"] if args.threads else []))
-        given = [f"--{name}={getattr(args, name)}" for name in names]
-        command = [sys.executable, "-m", "mfllm_ref.bench", "scale", f"--agents={agents}", f"--worlds={worlds}", "--measure"]
-        done = subprocess.run([*command, *given], stdout=subprocess.PIPE, text=True, check=False)
-        if done.returncode:
-            raise SystemExit(f"bench: the run of {agents} agents in {worlds} worlds failed")
-        return json.loads(done.stdout)
-
-    def rows(found: Sequence[Mapping[str, float]]) -> list[list[object]]:
-        table: list[list[object]] = [["agents", "worlds", "s", "actions/s", "MB before", "MB peak", "with metrics", "metrics, s",
-                                      "MB of files", "TFLOP", "GFLOP/s", "told everything, TFLOP"]]  # fmt: skip
-        for row in found:
-            acting, all_told = _work(config, row, args.batch)
-            row["flops"], row["told_flops"] = acting, all_told
-            megabytes = [f"{row[key] / 1e6:.0f}" for key in ("loaded", "rolled", "peak")]
-            table.append([
-                row["agents"], row["worlds"], f"{row['seconds']:.1f}", f"{row['agents'] * row['worlds'] / row['seconds']:.1f}",
-                *megabytes, f"{row['evaluating']:.1f}", f"{row['files'] / 1e6:.1f}", f"{acting / 1e12:.3g}",
-                f"{acting / row['seconds'] / 1e9:.1f}", f"{all_told / 1e12:.3g}",
-            ])  # fmt: skip
-        return table
-
-    found = [[measured(n, 1) for n in args.agents], [measured(args.world_agents, n) for n in args.worlds]]
-    for some in found:
-        print_table(rows(some))
-    fits = {}
-    for key, some, least in (("agents", found[0], FITTED_FROM), ("worlds", found[1], 1)):
-        pairs = [(row[key], row["seconds"]) for row in some if row[key] >= least]
-        if len(pairs) > 1:
-            fits[key] = exponent(*zip(*pairs))
-            print(f"seconds grow as {key} ^ {fits[key]:.3f} (from {pairs[0][0]} on)")
-    out.mkdir(parents=True, exist_ok=True)
-    runs.write_json(out / "scale.json", {"agents": found[0], "worlds": found[1], "exponents": fits})
-    report.scaling(found[0], found[1], fits, out / "scale.png")
-    print(f"see {out / 'scale.png'}")
-
-
-def _work(config: Config, row: Mapping[str, float], batch: int) -> tuple[float, float]:
-    """FLOPs of a measured rollout by its mean token counts, and of the same where everyone is told everything."""
-    load = Load(min(batch, row["agents"]), row["prefix"], row["suffix"], row["new"])
-    acting = load.cost(config).flops / load.agents * row["agents"]
-    summaries = Load(1, 0, row["listing"], row["summary"]).cost(config).flops * (row["steps"] - 1) if row["summary"] else 0.0
-    return (acting + summaries) * row["worlds"], told_everything(config, load, int(row["agents"])) * row["worlds"]
+def predict(args: argparse.Namespace) -> None:
+    """Time of a large run on several accelerators, by arithmetic alone."""
+    config = pretrain.config_for("qwen2", SHAPES[args.config], SHAPES[args.config].vocab)
+    peak = args.tflops * 1e12 * args.utilisation, args.bandwidth * 1e9 * args.utilisation
+    table = [["worlds", "B", "rounds", "s a round", "of it mean fields", "actions/s", "hours", "GFLOP/action"]]
+    for worlds, batch in itertools.product(args.worlds, args.batch):
+        given = {field.name: getattr(args, field.name) for field in fields(Society)}
+        found = predicted(config, Society(**given | {"worlds": worlds, "batch": batch}), args.gpus, *peak)
+        each = found.acting + found.writing
+        table.append([
+            worlds, batch, found.rounds, f"{each:.3f}", f"{found.writing / each:.0%}", f"{args.agents / found.seconds:.0f}",
+            f"{found.seconds / 3600:.2f}", f"{found.flops / 1e9:.0f}",
+        ])  # fmt: skip
+    print(f"{args.agents} agents on {args.config} in bfloat16, {args.gpus} devices at {args.utilisation:.0%} of"
+          f" {args.tflops:g} TFLOP/s and {args.bandwidth:g} GB/s; P {args.prefix}, S {args.suffix}, G {args.new}; the mean-field model reads"
+          f" {args.head} + {args.listed} B tokens and writes {args.summary}")  # fmt: skip
+    print(report.markdown(table))
 
 
 # ---- the command line ----------------------------------------------------------------------------------------------
@@ -476,30 +290,39 @@ def numbers(text: str) -> list[int]:
     return [doors.positive(part) for part in text.split(",")]
 
 
+def above_zero(text: str) -> float:
+    """An argparse type: a finite number above 0."""
+    if not 0 < (value := float(text)) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+    return value
+
+
 def parser() -> doors.Parser:
-    out = doors.Parser(prog="python -m mfllm_ref.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    out = doors.Parser(prog="python -m mfllm_ref.bench", description=__doc__, formatter_class=raw)
     commands = out.add_subparsers(dest="command", required=True)
 
     def command(run: Callable[[argparse.Namespace], None], **defaults: object) -> argparse.ArgumentParser:
-        some = commands.add_parser(run.__name__, help=(run.__doc__ or "").split(":")[0].split(".")[0])
+        some = commands.add_parser(run.__name__, help=(run.__doc__ or "").splitlines()[0].rstrip("."))
         some.set_defaults(run=run)
         for name, value in defaults.items():
-            kind = {list: numbers, int: doors.positive, Path: Path, type(TINY): Path}.get(type(value), type(value))
+            kind = {list: numbers, int: doors.positive, float: above_zero}.get(type(value), Path)
             shown = ",".join(map(str, value)) if isinstance(value, list) else value
             some.add_argument(f"--{name.replace('_', '-')}", type=kind, default=value, metavar="N", help=f"default: {shown}")
         return some
 
     shape = {"prefix": 600, "suffix": 60, "new": 30}
     fast = command(throughput, agents=[64], **shape, repeats=3)
-    slow = command(train, agents=[16], **shape, rank=16, repeats=3)
+    slow = command(train, agents=16, **shape, rank=16, repeats=3)
     sizes = [16, 64, 256, 1000, 2500, 5000, 10_000, 20_000, 40_000]
-    large = command(scale, agents=sizes, worlds=[1, 2, 4, 8, 16, 32], world_agents=256, batch=64, new=48, summary=120, backbone=TINY)
+    large = command(scale, agents=sizes, worlds=[1, 2, 4, 8, 16, 32], world_agents=256, batch=64, new=48, summary=120,
+                    backbone=TINY)  # fmt: skip
     large.add_argument("--out", type=Path, help="folder for scale.json and scale.png (default: runs/<time>)")
     large.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)  # one size, in this process
-    far = command(predict, agents=1_000_000, worlds=[1, 1000], batch=64, prefix=600, suffix=60, new=30, head=300, listed=30,
-                  summary=100, gpus=8, tflops=989.0, bandwidth=3350.0, utilisation=0.4)  # fmt: skip
+    far = command(predict, agents=1_000_000, worlds=[1, 1000], batch=[64, 512], **shape, head=300, listed=30, summary=100, gpus=8,
+                  tflops=989.0, bandwidth=3350.0, utilisation=0.4)  # fmt: skip
     for some in (fast, slow, far):
-        some.add_argument("--config", choices=SHAPES, default="qwen2-1.5b" if some is far else "bench-52m", help="the backbone's shape")
+        some.add_argument("--config", choices=SHAPES, default="qwen2-1.5b" if some is far else "bench-52m", help="a shape")
     for some in (fast, slow):
         some.add_argument("--random-weights", action="store_true", help="instead of a checkpoint's: speed is the same")
     for some in (fast, slow, large):
@@ -514,6 +337,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (InputError, OSError) as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 

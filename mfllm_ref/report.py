@@ -47,6 +47,11 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     return ["  ".join(row).rstrip() for row in cells]
 
 
+def markdown(rows: Sequence[Sequence[object]]) -> str:
+    """A table in Markdown, the first row being its head."""
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:]))
+
+
 def table(metrics: Mapping) -> str:
     """The measures of DESIGN section 6 by method (what metrics.json holds) as plain text, at most 100 columns.
 
