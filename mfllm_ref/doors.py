@@ -22,13 +22,18 @@ class Parser(argparse.ArgumentParser):
 def add_common(parser: argparse.ArgumentParser) -> None:
     """The options of both doors."""
     group = parser.add_argument_group("running")
-    group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if there is one")
-    group.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights; auto: bfloat16 where the "
-                       "device multiplies it fast (for training only on a GPU), else float32")  # fmt: skip
-    group.add_argument("--seed", type=natural, default=0, help="of all sampling (default: 0)")
-    group.add_argument("--threads", type=whole(1, 1024), default=None, help="CPU threads (default: all cores)")
+    add_machine(group)
     group.add_argument("--out", type=Path, default=None, help="folder to write to (default: runs/<time>)")
     group.add_argument("--resume", action="store_true", help="go on with the interrupted run in --out")
+
+
+def add_machine(parser: argparse._ActionsContainer) -> None:
+    """The options of everything that computes."""
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if there is one")
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights; auto: bfloat16 where the "
+                       "device multiplies it fast (for training only on a GPU), else float32")  # fmt: skip
+    parser.add_argument("--seed", type=natural, default=0, help="of all sampling (default: 0)")
+    parser.add_argument("--threads", type=whole(1, 1024), default=None, help="CPU threads (default: all cores)")
 
 
 def whole(least: int, most: int) -> Callable[[str], int]:

@@ -121,15 +121,20 @@ def _tv(p: np.ndarray, q: np.ndarray) -> np.ndarray:
 
 def _dtw(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """DTW distance [dimensions] of two trajectories [time, dimensions, labels]."""
-    cost = sum(np.abs(x[:, None, :, label] - y[None, :, :, label]) for label in range(x.shape[-1]))
-    rows, columns = cost.shape[:2]
-    total = np.full((rows + 1, columns + 1, cost.shape[2]), np.inf)
-    total[0, 0] = 0.0
-    for diagonal in range(rows + columns - 1):  # the cells of one anti-diagonal do not depend on each other
-        i = np.arange(max(0, diagonal - columns + 1), min(rows, diagonal + 1))
-        j = diagonal - i
-        total[i + 1, j + 1] = cost[i, j] + np.minimum(np.minimum(total[i, j + 1], total[i + 1, j]), total[i, j])
-    return total[rows, columns] / (rows + columns)
+    rows, columns = len(x), len(y)
+    # Anti-diagonals, whose cells do not depend on each other; three of them are held, so memory is linear in time. Row 0 lies
+    # outside: a path starts from the one 0 in it.
+    before, last = (np.full((rows + 1, x.shape[1]), np.inf) for _ in range(2))
+    before[0] = 0.0
+    for diagonal in range(rows + columns - 1):
+        start, stop = max(0, diagonal - columns + 1), min(rows, diagonal + 1)
+        cost = np.abs(x[start:stop] - y[diagonal - stop + 1 : diagonal - start + 1][::-1]).sum(-1)
+        new = np.full_like(last, np.inf)
+        new[start + 1 : stop + 1] = cost + np.minimum(
+            np.minimum(last[start:stop], last[start + 1 : stop + 1]), before[start:stop]
+        )
+        before, last = last, new
+    return last[rows] / (rows + columns)
 
 
 def _f1(confusion: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -47,6 +47,11 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     return ["  ".join(row).rstrip() for row in cells]
 
 
+def markdown(rows: Sequence[Sequence[object]]) -> str:
+    """A table in Markdown, the first row being its head."""
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:]))
+
+
 def table(metrics: Mapping) -> str:
     """The measures of DESIGN section 6 by method (what metrics.json holds) as plain text, at most 100 columns.
 
@@ -267,4 +272,34 @@ def information_plane(points: Sequence[Mapping[str, float]], path: Path) -> None
         axis.set_title("The information plane", loc="left")
         axis.margins(0.15)
         _plain(axis)
+        _save(page, path)
+
+
+def scaling(
+    agents: Sequence[Mapping[str, float]], worlds: Sequence[Mapping[str, float]], exponents: Mapping[str, float], path: Path
+) -> None:
+    """Write how rollouts scale as PNG: seconds against agents and against worlds, and memory against agents.
+
+    agents, worlds: what `bench.scale` measured, a row a size. Beside the first stands what telling every agent all previous
+    actions would take by arithmetic, at the FLOPs a second that the largest run reached.
+    """
+    with matplotlib.style.context("default"):
+        page = Figure(figsize=(15, 4.6), dpi=100, layout="constrained")
+        time, memory, many = page.subplots(1, 3)
+        for axis, rows, key, unit in ((time, agents, "agents", "agents"), (many, worlds, "worlds", "worlds")):
+            name = f"measured: {key}^{exponents[key]:.2f}" if key in exponents else "measured"
+            axis.loglog([r[key] for r in rows], [r["seconds"] for r in rows], "o-", color=_FAMILIES["mf-llm"], label=name)
+            axis.set(xlabel=unit, ylabel="seconds")
+        largest = max(agents, key=lambda row: row["agents"])
+        sizes, pace = [r["agents"] for r in agents], largest["seconds"] / largest["flops"]
+        told = [r["told_flops"] * pace for r in agents]
+        time.loglog(sizes, told, "--", color=_FAMILIES["persistence"], label="told all previous actions: arithmetic")
+        for key, name in (("peak", "with the metrics"), ("rolled", "rollout"), ("loaded", "before it: backbone and event")):
+            memory.semilogx(sizes, [r[key] / 1e6 for r in agents], "o-", label=name)
+        memory.set(xlabel="agents", ylabel="peak memory, MB")
+        memory.set_ylim(0, None)
+        many.set_title(f"{worlds[0]['agents']} agents in each world" if worlds else "", loc="left", fontsize=11)
+        for axis in (time, memory, many):
+            axis.legend(frameon=False)
+            _plain(axis)
         _save(page, path)

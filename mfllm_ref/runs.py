@@ -110,7 +110,10 @@ class JsonLines:
             os.fsync(self._file)
         self.count += len(batch)
 
-    def rows(self) -> Iterator[dict]:
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[dict]:
         """The rows so far, read from the disk one at a time."""
         return read_json_lines(self.path)
 

@@ -121,7 +121,7 @@ def roll_out(
     counts = tuple([file.count for file in files] + [0] * (3 - len(files)))
     for file, rows in zip(files, complete_steps(worlds, settings, counts, likelihood)[1]):
         file.keep(rows)
-    done = Rows(*(list(file.rows()) for file in files))
+    done = Rows(*files)  # read from the disk as they are replayed
     written, started = 0, time.perf_counter()
     total = sum(horizon(w.event, settings) - settings.warmup for w in worlds if not w.method.resamples)
     with tqdm(total=total, initial=_spoken(done.trajectory), unit="action", disable=not progress, smoothing=0) as bar:

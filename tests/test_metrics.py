@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import tracemalloc
 from collections import Counter
 
 import numpy as np
@@ -113,6 +114,15 @@ def test_dtw_is_the_cheapest_path(x, y):
     assert dtw([value for value in x for _ in range(2)], x) == 0
     columns, other = np.stack([np.array(x), np.array(x) * 2], 1), np.stack([np.array(y), np.array(y) + 1], 1)
     assert dtw(columns, other) == pytest.approx(brute_dtw(columns, other))
+
+
+def test_dtw_of_a_long_event_needs_memory_linear_in_its_length():
+    x = np.random.default_rng(0).random((2, 600, 3))
+    tracemalloc.start()
+    dtw(*x)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 * x.nbytes  # one 600 by 600 table would be 100 times x
 
 
 def test_dtw_by_hand():

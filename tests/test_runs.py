@@ -77,7 +77,7 @@ def test_a_disk_that_refuses_is_one_line_and_leaves_no_half_file(tmp_path):
     assert json.loads((tmp_path / "a.json").read_text()) == {"old": True}
     assert sorted(os.listdir(tmp_path)) == ["a.json", "rows.jsonl"]
     again = JsonLines(tmp_path / "rows.jsonl")  # what the refused write left is cut off
-    assert list(again.rows()) == [{"n": 1}]
+    assert list(again) == [{"n": 1}]
     again.close()
 
 
@@ -92,7 +92,7 @@ def test_a_torn_end_is_cut_and_the_file_goes_on(tmp_path, torn):
     lines = JsonLines(path)
     assert lines.count == 2
     lines.append([{"n": 2, "t": "\x00\n"}, {"n": 3}])
-    assert lines.count == 4 and [row["n"] for row in lines.rows()] == [0, 1, 2, 3]
+    assert lines.count == 4 and [row["n"] for row in lines] == [0, 1, 2, 3]
     lines.keep(3)
     lines.append([{"n": 9}])
     lines.close()
@@ -208,7 +208,7 @@ def test_one_writer_at_a_time_and_none_after_a_kill(tmp_path):
         first.kill()
         first.communicate()
     with open_run(out, RECORD, resume=True) as run:
-        assert list(run.lines("rows.jsonl").rows()) == [{"n": 1}]
+        assert list(run.lines("rows.jsonl")) == [{"n": 1}]
 
 
 def test_a_kill_before_the_record_leaves_an_empty_folder(tmp_path):
