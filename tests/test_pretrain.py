@@ -1,5 +1,6 @@
 import json
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -60,6 +61,19 @@ def test_the_tokenizer_decodes_what_it_encoded(random_lm, text):
     ids = random_lm.tokenizer.encode(text)
     assert random_lm.tokenizer.decode(ids) == text
     assert 0 not in ids
+
+
+def test_drawing_the_tokenizers_texts_hears_ctrl_c():
+    """Python raises KeyboardInterrupt in its main thread alone, and drawing the texts takes minutes on a slow machine."""
+    threads = set()
+
+    def texts():
+        for number in range(3000):
+            threads.add(threading.get_ident())
+            yield f"text {number}"
+
+    pretrain.train_tokenizer(texts(), 300)
+    assert threads == {threading.main_thread().ident}
 
 
 def test_a_label_and_its_tens_are_one_piece():
