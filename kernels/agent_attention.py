@@ -210,8 +210,8 @@ def agent_attention(
     An agent's keys are its world's first prefix_len keys, then its own first suffix_len. Query row i stands at suffix
     position suffix_len - q_len + i and sees all keys up to and including its own; rows at negative positions are
     padding and return 0. With window w, key j is visible to position i iff i - w < j <= i, over prefix and suffix
-    together. Unused slots may hold NaN. Differentiable where an input requires grad. float16 and bfloat16 are computed
-    in float32.
+    together. Unused slots may hold NaN. Differentiable where an input requires grad. float16 is computed in float32; of
+    bfloat16 the products are taken as they are, the softmax in float32.
 
     plan: what `Plan` makes of the same lengths and window, where many calls share them. Raises ValueError for lengths
     and shapes that do not fit together.
@@ -230,7 +230,8 @@ def agent_attention(
         from kernels.agent_attention_triton import fused_attention
 
         return fused_attention(*inputs, plan)
-    tensors = [x.to(torch.promote_types(q.dtype, torch.float32)) for x in (q, prefix_k, prefix_v, suffix_k, suffix_v)]
+    compute = q.dtype if q.dtype == torch.bfloat16 else torch.promote_types(q.dtype, torch.float32)
+    tensors = [x.to(compute) for x in (q, prefix_k, prefix_v, suffix_k, suffix_v)]
     differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     if not differentiable:
         out = _grouped(*tensors, plan)
@@ -246,6 +247,7 @@ def agent_attention(
 def _grouped(q: Tensor, prefix_k: Tensor, prefix_v: Tensor, suffix_k: Tensor, suffix_v: Tensor, plan: Plan) -> Tensor:
     """The fast path, piece by piece."""
     agents, _, q_len, head_dim = q.shape
+    wide = torch.promote_types(q.dtype, torch.float32)
     rows = (q * head_dim**-0.5).reshape(agents, suffix_k.shape[1], -1, head_dim)  # a key head's queries: group * q_len
     done = []
     for piece in plan.pieces:
@@ -254,12 +256,12 @@ def _grouped(q: Tensor, prefix_k: Tensor, prefix_v: Tensor, suffix_k: Tensor, su
         if plan.suffix_mask is not None:
             own.view(*own.shape[:2], -1, q_len, own.shape[3]).add_(plan.suffix_mask[some])
         if not prefix:
-            done.append(own.softmax(dim=-1) @ suffix_v[some])
+            done.append(own.softmax(dim=-1, dtype=wide).to(own.dtype) @ suffix_v[some])
             continue
         shared = _by_world(rows[some], piece) @ prefix_k[worlds, :, :prefix].transpose(2, 3)
         if piece.mask is not None:
             shared.view(*shared.shape[:2], piece.width, -1, q_len, prefix).add_(piece.mask)
-        shares = torch.cat((shared, _by_world(own, piece)), dim=-1).softmax(dim=-1)
+        shares = torch.cat((shared, _by_world(own, piece)), dim=-1).softmax(dim=-1, dtype=wide).to(own.dtype)
         shared = shares[..., :prefix] @ prefix_v[worlds, :, :prefix]
         own = _by_agent(shares[..., prefix:], piece) @ suffix_v[some]
         done.append(_by_agent(shared, piece) + own)

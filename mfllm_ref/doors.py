@@ -23,7 +23,8 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     """The options of both doors."""
     group = parser.add_argument_group("running")
     group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if there is one")
-    group.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights; auto: float32 on CPU")
+    group.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights; auto: bfloat16 where the "
+                       "device multiplies it fast (for training only on a GPU), else float32")  # fmt: skip
     group.add_argument("--seed", type=natural, default=0, help="of all sampling (default: 0)")
     group.add_argument("--threads", type=whole(1, 1024), default=None, help="CPU threads (default: all cores)")
     group.add_argument("--out", type=Path, default=None, help="folder to write to (default: runs/<time>)")
@@ -53,14 +54,18 @@ def threads(args: argparse.Namespace) -> int:
     return args.threads or cores
 
 
-def device_and_dtype(args: argparse.Namespace) -> tuple["torch.device", "torch.dtype"]:  # noqa: F821
-    """(device, dtype) from --device and --dtype. InputError where cuda is asked for and absent."""
+def device_and_dtype(args: argparse.Namespace, training: bool = True) -> tuple["torch.device", "torch.dtype"]:  # noqa: F821
+    """(device, dtype) from --device and --dtype. InputError where cuda is asked for and absent.
+
+    What auto means depends on what the CPU is able to do, never on a timing: one machine, one answer.
+    """
     import torch
 
     if args.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: this machine has no CUDA device that torch can use")
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
-    automatic = torch.float32 if device.type == "cpu" else torch.bfloat16
+    fast = device.type != "cpu" or not training and getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
+    automatic = torch.bfloat16 if fast else torch.float32
     return device, automatic if args.dtype == "auto" else getattr(torch, args.dtype)
 
 
