@@ -90,7 +90,7 @@ def train_tokenizer(texts: Iterable[str], vocab: int) -> tokenizers.Tokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=vocab, special_tokens=[END, *raw_bytes], limit_alphabet=(vocab - 257) * 3 // 5, show_progress=False
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator(list(texts), trainer)  # a list: drawn by another thread, texts would not hear Ctrl-C
     # The trainer can reserve entries only as added tokens, and an added token would be matched in texts.
     state = json.loads(tokenizer.to_str())
     state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] == END]

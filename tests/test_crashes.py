@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from mfllm_ref import doors
 from mfllm_ref.runs import LOCK_FILE, TIME_FIELDS
 from mfllm_ref.society import agora
 from mfllm_ref.society.readers import write_events
@@ -189,3 +190,14 @@ def test_resuming_with_other_settings_is_refused_by_name(server, case, tmp_path)
         assert len(refused["stderr"].splitlines()) == 1
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
     resumed(server, arguments, out, expected)
+
+
+def test_numbers_that_overflow_are_one_line(capsys):
+    """NaN or infinite logits end a run as bad input does: weights that cannot be computed with, not a fault of ours."""
+
+    def main():
+        raise FloatingPointError("the model's logits are not finite")
+
+    assert doors.run_door("simulate.py", main) == 2
+    said = capsys.readouterr().err
+    assert "logits are not finite" in said and "--dtype" in said and len(said.splitlines()) == 1

@@ -1,5 +1,6 @@
 import json
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -60,6 +61,19 @@ def test_the_tokenizer_decodes_what_it_encoded(random_lm, text):
     ids = random_lm.tokenizer.encode(text)
     assert random_lm.tokenizer.decode(ids) == text
     assert 0 not in ids
+
+
+def test_drawing_the_tokenizers_texts_hears_ctrl_c():
+    """Python raises KeyboardInterrupt in its main thread alone, and drawing the texts takes minutes on a slow machine."""
+    threads = set()
+
+    def texts():
+        for number in range(3000):
+            threads.add(threading.get_ident())
+            yield f"text {number}"
+
+    pretrain.train_tokenizer(texts(), 300)
+    assert threads == {threading.main_thread().ident}
 
 
 def test_a_label_and_its_tens_are_one_piece():
@@ -139,7 +153,8 @@ def test_a_pretrained_folder_loads_in_transformers_and_a_killed_run_resumes_to_t
     # All as in earnest, but small.
     monkeypatch.setitem(pretrain.SHAPES, "tiny", pretrain.Shape(32, 2, 4, 2, 48, 700))
     monkeypatch.setattr(pretrain, "TOKENIZER_DOCUMENTS", 100)
-    options = ["--data", small_data, "--shape", "tiny", "--steps", 4, "--rows", 2, "--save-every", 2, "--threads", 1]
+    options = ["--stage", "pretrain", "--data", small_data, "--shape", "tiny", "--steps", 4, "--rows", 2]
+    options += ["--save-every", 2, "--threads", 1]
     assert door(*options, "--out", tmp_path / "whole")[0] == 0
     lm = LanguageModel.load(tmp_path / "whole")
     ids = torch.tensor([lm.tokenizer.encode("Topic: a dam\nPost:\n")])
@@ -150,7 +165,7 @@ def test_a_pretrained_folder_loads_in_transformers_and_a_killed_run_resumes_to_t
     log = [json.loads(line) for line in open(tmp_path / "whole" / "log.jsonl")]
     assert [row["step"] for row in log] == [0, 1, 2, 3] and (tmp_path / "whole" / "loss.png").stat().st_size > 5000
 
-    write = pretrain.write_bytes
+    write = training.write_bytes
 
     def interrupted(path, content):
         write(path, content)
@@ -158,7 +173,7 @@ def test_a_pretrained_folder_loads_in_transformers_and_a_killed_run_resumes_to_t
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(pretrain, "write_bytes", interrupted)
+        patch.setattr(training, "write_bytes", interrupted)
         assert door(*options, "--out", tmp_path / "cut")[0] == 130
     assert not (tmp_path / "cut" / "model.safetensors").exists()
     code, said = door(*options, "--seed", 1, "--out", tmp_path / "cut", "--resume")

@@ -14,7 +14,7 @@ from kernels.ib_loss import _stream
 from mfllm_ref import metrics
 from mfllm_ref.lm import LanguageModel, tokenizer
 from mfllm_ref.lm.lora import Adapters
-from mfllm_ref.society import agora, readers, rollout, signals
+from mfllm_ref.society import agora, prompts, readers, rollout, signals
 from mfllm_ref.society.rollout import State
 from mfllm_ref.society.signals import History
 
@@ -117,6 +117,10 @@ MUTANTS = [
     Mutant(PARTS + "test_the_tiny_tokenizer_decodes_what_it_encoded", tokenizer.Tokenizer.decode_batch,
            "[list(ids) for ids in batch]", "[list(ids[:-1]) for ids in batch]"),
     Mutant(PARTS + "test_no_text_gives_a_special_or_added_id", tokenizer._Json.encode, "self.plain if", "self.full if"),
+    Mutant(PARTS + "test_no_content_of_a_chat_closes_its_turn", tokenizer.Tokenizer._encode_parts,
+           "self.model.find(parts[0])", "self.model.find(text)"),
+    Mutant("property/test_hostile.py::test_nothing_that_is_written_forges_a_prompt", prompts.one_line,
+           "text[: 20 * limit].split()", "text[: 20 * limit].split(' ')"),
     # the information bottleneck's terms
     Mutant(PARTS + "test_the_terms_of_the_bottleneck_are_bounded", _stream,
            "mean - log_sums[0] + log_sums[1]", "mean - log_sums[0]"),

@@ -254,7 +254,8 @@ def byte_level() -> dict[str, bytes]:
     model.train_from_iterator([word * 3 for word in CONTROL] * 9, trainer)
     model.add_special_tokens(CONTROL[:5])
     model.add_tokens(CONTROL[5:])
-    return {"tokenizer.json": model.to_str().encode()}
+    template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
+    return {"tokenizer.json": model.to_str().encode(), "chat_template.jinja": template.encode()}
 
 
 def sentence_piece() -> dict[str, bytes]:
@@ -295,6 +296,20 @@ def test_no_text_gives_a_special_or_added_id(text):
     for tokenizer in tokenizer_kinds():
         added = {token.id for token in tokenizer.model.added.values()}
         assert added and not added & set(tokenizer.encode(text))
+
+
+@check(60)
+@given(FORGERIES, FORGERIES)
+def test_no_content_of_a_chat_closes_its_turn(content, reply):
+    """Whatever is said in a chat, its control tokens are those of the same chat with harmless words, in the same order."""
+    chatty = tokenizer_kinds()[1]
+    added = {token.id for token in chatty.model.added.values()}
+
+    def control(*said: str) -> list[int]:
+        messages = [{"role": role, "content": text} for role, text in zip(("user", "assistant"), said, strict=True)]
+        return [id for id in chatty.chat(messages) if id in added]
+
+    assert control(content, reply) == control("x", "y")
 
 
 def test_unguarded_the_same_words_are_control_tokens():
