@@ -76,6 +76,9 @@ def run_door(name: str, main: Callable[[], None]) -> int:
     except (InputError, OSError) as error:  # the system's own: a path too long, or one it lets nobody look at
         print(f"{name}: {error}", file=sys.stderr)
         return 2
+    except FloatingPointError as error:  # weights that overflow: no NaN goes on into a file
+        print(f"{name}: {error} (damaged weights, or a --dtype too narrow for them)", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(f"{name}: interrupted; --resume goes on from what is on disk", file=sys.stderr)
         return 130

@@ -25,7 +25,7 @@ from mfllm_ref.errors import InputError
 from mfllm_ref.lm.backbone import Backbone
 from mfllm_ref.lm.checkpoint import load_backbone
 from mfllm_ref.lm.lora import Adapters
-from mfllm_ref.lm.sampling import hash_seeds, penalise, sample, uniforms
+from mfllm_ref.lm.sampling import check_finite, hash_seeds, penalise, sample, uniforms
 from mfllm_ref.lm.tokenizer import Tokenizer
 from mfllm_ref.lm.worlds import World, common_prefix, prefill, run_prefixes, run_step, run_suffixes
 
@@ -103,10 +103,16 @@ class LanguageModel:
         greedy, top_k 0 and top_p 1 are off. A text ends before the end of text, before the first stop string, after
         max_new_tokens, or where the backbone's positions end. Special ids are left out of it.
         seeds: one whole number a prompt (default: its index); the noise of its n-th token depends on (seed, n) alone.
+<<<<<<< HEAD
         adapters: the one that continues each prompt (None: the bare backbone), in place of the active one; they decode
         together, so that many adapters take as many steps as one.
         Raises InputError for options out of range, prompts that are empty or too long, and ids the backbone does not
         have.
+=======
+        A text may be empty: the end may come first. Raises InputError for options out of range, prompts that are empty or
+        too long, and ids the backbone does not have; FloatingPointError where logits are NaN or all -inf, so that there
+        is nothing to draw from.
+>>>>>>> main
         """
         stop = (stop,) if isinstance(stop, str) else tuple(stop)
         for name, value, fine in (
@@ -163,7 +169,8 @@ class LanguageModel:
         (float64 for a float64 model). Prompt and continuation are encoded apart; an empty continuation has 0.
 
         end_of_text: the tokenizer's end token counts as the continuation's last. Differentiable when grad is enabled; a
-        world's prefix is computed once and differentiated once. Raises InputError as `generate` does.
+        world's prefix is computed once and differentiated once. Raises InputError as `generate` does, and FloatingPointError
+        where a value would be NaN or infinite.
         """
         if len(continuations) != len(prompts):
             raise InputError(f"{len(continuations)} continuations for {len(prompts)} prompts")
@@ -182,7 +189,9 @@ class LanguageModel:
                 order += [agent for world in chunk for agent in world.agents]
         if not done:
             return torch.zeros(0, dtype=torch.promote_types(self.dtype, torch.float32), device=self.device)
-        return torch.cat(done)[torch.tensor(np.argsort(order), device=self.device)]
+        found = torch.cat(done)
+        check_finite(found.detach())
+        return found[torch.tensor(np.argsort(order), device=self.device)]
 
     def ib_terms(
         self, prompts: Sequence[Prompt], continuations: Sequence[Sequence[int]], prior_prompts: Sequence[Prompt],

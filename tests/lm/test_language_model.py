@@ -371,6 +371,16 @@ def test_positions_run_out(lm):
         lm.log_prob([full], [[5, 6]])
 
 
+def test_no_nan_leaves_silently(folder):
+    """A weight that became NaN: sampling and scoring both say so, whatever row it concerns."""
+    lm = LanguageModel.load(folder["llama"])
+    lm.backbone.model.norm.weight.data[0] = math.nan
+    with pytest.raises(FloatingPointError):
+        lm.generate(["a", "b"], 2)
+    with pytest.raises(FloatingPointError):
+        lm.log_prob(["a", "b"], ["c", ""])
+
+
 def test_nothing_to_do(lm):
     assert lm.generate([]) == [] and lm.generate(["a", "b"], max_new_tokens=0) == ["", ""]
     assert lm.log_prob([], []).shape == (0,)
