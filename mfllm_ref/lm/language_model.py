@@ -304,8 +304,7 @@ class LanguageModel:
         prefixes, hidden, (cache_k, cache_v) = prefill(self.backbone, chunk, inputs, world, lengths.max() + GROWTH, enter)
         names = list(dict.fromkeys(w.adapter for w in chunk))
         adapter = np.array([names.index(chunk[w].adapter) for w in world])  # by row
-        if len(names) > 1:
-            self.adapters.mix(names, adapter)
+        self.adapters.mix(names, adapter)
         tokens = np.zeros((len(prompts), max_new_tokens), dtype=np.int64)
         counts = np.zeros(len(prompts), dtype=np.int64)  # tokens per agent, with end of text
         limits = np.minimum(max_new_tokens, config.max_positions + 1 - np.array([len(row) for row in prompts]))
@@ -344,8 +343,7 @@ class LanguageModel:
                 prefixes, world = prefixes.keep(world[rows])
                 lengths, row_of, alive, chosen = lengths[rows], row_of[rows], alive[rows], chosen[keep]
                 adapter = adapter[rows]
-                if len(names) > 1:
-                    self.adapters.mix(names, adapter)
+                self.adapters.mix(names, adapter)
                 seen = None if seen is None else seen[keep]
             if lengths.max() + step + 1 > cache_k.shape[3]:
                 cache_k, cache_v = (F.pad(cache, (0, 0, 0, GROWTH)) for cache in (cache_k, cache_v))

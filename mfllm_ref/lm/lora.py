@@ -148,7 +148,9 @@ class Adapters:
 
     def mix(self, names: Sequence[str | None], rows: np.ndarray) -> None:
         """Let several adapters work on one batch [rows, ..., dim], each on rows of its own: rows [rows], indices into
-        `names`. No gradient. `activate` ends it."""
+        `names`. No gradient. A single one stays as it is, merged or not. `activate` ends it."""
+        if len(names) == 1:
+            return
         index = torch.from_numpy(rows).to(self.backbone.lm_head.weight.device)
         if self._mixed != tuple(names):
             adapters = [Adapter({}, {}) if name is None else self._get(name) for name in names]

@@ -30,7 +30,9 @@ class World:
 
 @dataclass(frozen=True)
 class Prefixes:
-    """Per layer, keys and values [worlds, kv_heads, longest, head_dim]; lengths int32 [worlds], on the CPU."""
+    """Per layer, keys and values [worlds, kv_heads, longest, head_dim]; lengths int32 [worlds], on the CPU.
+
+    Keys lie in memory with head_dim before `longest`: products with a slice of them are then twice as fast on a CPU."""
 
     k: list[Tensor]
     v: list[Tensor]
@@ -46,7 +48,7 @@ class Prefixes:
             [torch.cat([F.pad(x, (0, 0, 0, longest - x.shape[2])) for x in layer]) for layer in zip(*layers, strict=True)]
             for layers in ([part.k for part in parts], [part.v for part in parts])
         )
-        return Prefixes(k, v, torch.cat([part.lengths for part in parts]))
+        return Prefixes(_laid(k), v, torch.cat([part.lengths for part in parts]))
 
     def keep(self, world: np.ndarray) -> tuple["Prefixes", np.ndarray]:
         """Without the worlds that `world` (of the remaining agents) no longer names, and `world` renumbered."""
@@ -57,7 +59,12 @@ class Prefixes:
         there = index.to(self.k[0].device)
         longest = int(self.lengths[index].max())
         k, v = ([x[there, :, :longest] for x in layers] for layers in (self.k, self.v))
-        return Prefixes(k, v, self.lengths[index]), renumbered
+        return Prefixes(_laid(k), v, self.lengths[index]), renumbered
+
+
+def _laid(keys: list[Tensor]) -> list[Tensor]:
+    """The same tensors, in memory as `Prefixes` has them."""
+    return [k.transpose(2, 3).contiguous().transpose(2, 3) for k in keys]
 
 
 class Attention:
@@ -161,7 +168,7 @@ def run_prefixes(backbone: Backbone, chunk: list[World]) -> Prefixes:
         rows = [world.prefix for world in chunk[some]]
         _run(backbone, rows, packing, np.zeros(len(rows), dtype=np.int64), attend, np.zeros(0, dtype=np.int64))
     k, v = ([torch.cat([part[i] for part in layer]) for layer in parts] for i in (0, 1))
-    return Prefixes(k, v, torch.from_numpy(lengths.astype(np.int32)))
+    return Prefixes(_laid(k), v, torch.from_numpy(lengths.astype(np.int32)))
 
 
 def run_suffixes(

@@ -170,13 +170,13 @@ class State:
         return prompts.mean_field_prompt(event.language, event.topic, posts[drop:], before, listed)
 
 
-def _prompt(lm: LanguageModel, text: str, settings: Settings) -> str | list[int]:
-    return lm.tokenizer.chat([{"role": "user", "content": text}]) if settings.chat else text
+def _prompt(lm: LanguageModel, text: str, settings: Settings) -> str | tuple[int, ...]:
+    return tuple(lm.tokenizer.chat([{"role": "user", "content": text}])) if settings.chat else text
 
 
 def _fitting(
     lm: LanguageModel, state: State, settings: Settings, rooms: Sequence[int], build: Callable[[int], list[str]]
-) -> list[str | list[int]]:  # fmt: skip
+) -> list[str | tuple[int, ...]]:  # fmt: skip
     """The prompts build(0), each with its `rooms` of the backbone's positions left for what follows. Where one is too
     long, it is that of the first build(1), build(2), ... (so many of the oldest things untold) that fits. Raises
     InputError naming the event where not even the shortest does."""
@@ -197,7 +197,7 @@ def _fitting(
     return out
 
 
-def _longer(lm: LanguageModel, prompt: str | list[int], limit: int) -> bool:
+def _longer(lm: LanguageModel, prompt: str | tuple[int, ...], limit: int) -> bool:
     """Whether a prompt has more than `limit` tokens, with the one that some tokenizers put in front."""
     if isinstance(prompt, str) and len(prompt.encode()) + SPARE <= limit:
         return False  # no token has less than a byte
@@ -245,16 +245,18 @@ def _update_mean_fields(
     chosen = [k for k, state in enumerate(states) if state.guides(step + 1)]
     if not chosen:
         return
-    texts = [
-        _fitting(lm, states[k], settings, [settings.summary_tokens],
-                 lambda drop: [states[k].mean_field_prompt(step, actions[k], drop)])[0]
-        for k in chosen
-    ]  # fmt: skip
-    seeds = [hashed(states[k].world.seed, states[k].world.event.id, step + 1, "mean field") for k in chosen]
-    adapters = [states[k].world.method.mean_field for k in chosen]
-    written = lm.generate(texts, settings.summary_tokens, seeds=seeds, stop=("\n",), worlds=chosen, adapters=adapters)
-    for k, text in zip(chosen, written, strict=True):
-        states[k].mean_field = " ".join(text.split())
+    asked = []
+    for k in chosen:
+        prompt, = _fitting(lm, states[k], settings, [settings.summary_tokens],
+                           lambda drop: [states[k].mean_field_prompt(step, actions[k], drop)])  # fmt: skip
+        seed = hashed(states[k].world.seed, states[k].world.event.id, step + 1, "mean field")
+        asked.append((prompt, seed, states[k].world.method.mean_field))
+    # Equal questions are asked once: pasts are equal through the warm-up, and those of many twins for ever.
+    texts, seeds, adapters = zip(*(once := dict.fromkeys(asked)), strict=True)
+    options = {"seeds": seeds, "stop": ("\n",), "worlds": range(len(once)), "adapters": adapters}
+    written = dict(zip(once, lm.generate(texts, settings.summary_tokens, **options), strict=True))
+    for k, question in zip(chosen, asked, strict=True):
+        states[k].mean_field = " ".join(written[question].split())
 
 
 def _score(lm: LanguageModel, twins: Sequence[State], step: int, settings: Settings) -> dict[int, tuple[float, int]]:
