@@ -47,6 +47,7 @@ class Mutant:
 
 
 FIELD, PARTS = "property/test_mean_field.py::", "property/test_parts.py::"
+LARGE = "property/test_large_numbers.py::"
 MUTANTS = [
     # (1) exchangeability
     Mutant(FIELD + "test_agents_of_a_step_are_exchangeable", State.mean_field_prompt,
@@ -87,9 +88,9 @@ MUTANTS = [
     Mutant(FIELD + "test_duplicating_every_agent_leaves_the_empirical_shares_unchanged", signals.shares,
            "counts / counts.sum()", "(counts + 0.5) / (counts + 0.5).sum()"),
     # (6) law of large numbers
-    Mutant(FIELD + "test_shares_obey_the_law_of_large_numbers", agora.mean_field_map,
+    Mutant(LARGE + "test_shares_obey_the_law_of_large_numbers", agora.mean_field_map,
            "choice_probabilities(utility, coupling,", "choice_probabilities(utility, 1.5 * coupling,"),
-    Mutant(FIELD + "test_shares_obey_the_law_of_large_numbers", signals.shares, "counts.sum() if", "counts.sum() * 1.1 if"),
+    Mutant(LARGE + "test_shares_obey_the_law_of_large_numbers", signals.shares, "counts.sum() if", "counts.sum() * 1.1 if"),
     # (7) interventions, (9) common random numbers
     Mutant(FIELD + "test_an_intervention_that_inserts_nothing_changes_nothing", State.inserted,
            "actions = self.intervention.get(step, ())",
