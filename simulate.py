@@ -78,7 +78,7 @@ def main() -> None:
     from mfllm_ref.society.rollout import Settings, World, horizon
 
     threads = doors.threads(args)
-    device, dtype = doors.device_and_dtype(args)
+    device, dtype = doors.device_and_dtype(args, training=False)
     backbone = args.backbone or CHECKPOINTS / "tiny"
     own = CHECKPOINTS / "tiny-adapters"
     folder = args.adapters or (own if args.backbone is None and own.is_dir() else None)

@@ -40,7 +40,8 @@ def parser() -> doors.Parser:
                      "policy 300, pretrain 1500)")  # fmt: skip
     out.add_argument("--rows", type=doors.positive, help="population steps, or documents, that an update learns from "
                      "(default: 8; pretrain: 12)")  # fmt: skip
-    out.add_argument("--lr", type=float, help="peak learning rate (default: 0.002; pretrain: 0.004)")
+    out.add_argument("--lr", type=float, help="peak learning rate (default: mean-field 0.0005, policy 0.003, "
+                     "pretrain 0.004)")  # fmt: skip
     out.add_argument("--batch", type=doors.positive, default=10, metavar="B", help="actions a population step (default: 10)")
     out.add_argument("--save-every", type=doors.positive, help="steps between states on disk (default: 20; pretrain: 100)")
     tune = out.add_argument_group("tuning")
@@ -109,7 +110,7 @@ def tuning(args: argparse.Namespace, out: Path, common: dict) -> None:
     from mfllm_ref.society.response import LEVELS, WATCHED
 
     settings = ib_tune.Settings(
-        args.steps or 300, args.rows or 8, args.micro, 2e-3 if args.lr is None else args.lr, args.samples, args.beta[0],
+        args.steps or 300, args.rows or 8, args.micro, args.lr, args.samples, args.beta[0],
         args.repetition_penalty, args.summary_tokens, args.clip, args.seed,
     )  # fmt: skip
     for beta in args.beta:

@@ -19,10 +19,13 @@ Notable in the fast path:
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from kernels.dispatch import runs_triton
 
 CELLS = 2**19  # scores held at once by the fast path (they should fit in cache), unless a single agent has more
 
@@ -79,7 +82,8 @@ class Plan:
     """What `agent_attention` derives from lengths alone. Valid for every layer with the same window.
 
     heads, q_len and suffix_max are q's and suffix_k's sizes; the rest are agent_attention's own arguments. The tensors
-    may live on any device; the masks are made on `device`. Raises ValueError for lengths that cannot be.
+    may live on any device. What PyTorch (`pieces`, masks) or Triton (`blocks`, lengths) needs is made on `device` when it
+    is first asked for. Raises ValueError for lengths that cannot be.
     """
 
     def __init__(
@@ -96,20 +100,53 @@ class Plan:
             raise ValueError(f"window must be at least 1, not {window}")
         if window is not None and len(of) and window >= prefix.max() + own.max():
             window = None
-        row = own[:, None] - q_len + np.arange(q_len)
-        self.shape, self.device = (len(of), heads, q_len), device
-        self.padding = torch.from_numpy(row < 0).to(device)[:, None, :, None] if (row < 0).any() else None
+        self.shape, self.device, self.window, self.suffix_max = (len(of), heads, q_len), device, window, suffix_max
+        self.prefix, self.own, self.of = prefix, own, of
+        self.row = own[:, None] - q_len + np.arange(q_len)  # suffix position of each query row
+        self.counts = np.bincount(of, minlength=len(prefix))
+        self._blocks: dict[tuple[int, int], Tensor] = {}
+
+    @cached_property
+    def padding(self) -> Tensor | None:
+        row = self.row < 0
+        return torch.from_numpy(row).to(self.device)[:, None, :, None] if row.any() else None
+
+    @cached_property
+    def suffix_mask(self) -> Tensor | None:
         # A padding row sees its first slot, so that no softmax is over nothing; its result is thrown away.
-        last, key = np.maximum(row, 0)[:, :, None], np.arange(suffix_max)
+        last, key = np.maximum(self.row, 0)[:, :, None], np.arange(self.suffix_max)
         hidden = key > last
-        if window is not None:
-            hidden |= key <= last - window
-        self.suffix_mask = self._mask(hidden[:, None, None])
-        first = None if window is None else np.maximum(prefix[of][:, None] + row - window + 1, 0)  # first key seen
-        counts = np.bincount(of, minlength=len(prefix))
-        ends = np.cumsum(counts)
-        runs = _runs(counts, prefix, heads * q_len, suffix_max)
-        self.pieces = [self._piece(run, counts, ends, prefix, first) for run in runs]
+        if self.window is not None:
+            hidden |= key <= last - self.window
+        return self._mask(hidden[:, None, None])
+
+    @cached_property
+    def pieces(self) -> list[Piece]:
+        (_, heads, q_len), first = self.shape, None
+        if self.window is not None:  # the first key of the prefix that each row sees
+            first = np.maximum(self.prefix[self.of][:, None] + self.row - self.window + 1, 0)
+        ends = np.cumsum(self.counts)
+        runs = _runs(self.counts, self.prefix, heads * q_len, self.suffix_max)
+        return [self._piece(run, self.counts, ends, self.prefix, first) for run in runs]
+
+    @cached_property
+    def lengths(self) -> tuple[Tensor, Tensor, Tensor]:
+        """int32 [worlds], [agents], [agents]: prefix and suffix lengths, and every agent's world."""
+        return tuple(torch.from_numpy(x.astype(np.int32)).to(self.device) for x in (self.prefix, self.own, self.of))
+
+    def blocks(self, rows: int, size: int) -> Tensor:
+        """int32 [blocks, 4]: world, its first agent, its query rows, and the first row of a block of `size` of them, where
+        every agent has `rows`. A world's last block may be ragged; a world without agents or prefix has none."""
+        if (rows, size) in self._blocks:
+            return self._blocks[rows, size]
+        total = self.counts * rows * (self.prefix > 0)
+        number = -(-total // size)
+        world = np.repeat(np.arange(len(total)), number)
+        first = (np.cumsum(self.counts) - self.counts)[world]
+        start = (np.arange(len(world)) - np.repeat(np.cumsum(number) - number, number)) * size
+        table = np.stack((world, first, total[world], start), axis=1)
+        self._blocks[rows, size] = torch.from_numpy(table.astype(np.int32)).to(self.device)
+        return self._blocks[rows, size]
 
     def _mask(self, hidden: np.ndarray) -> Tensor | None:
         """What to add to scores, float32: -inf where hidden. None if nothing is."""
@@ -173,8 +210,8 @@ def agent_attention(
     An agent's keys are its world's first prefix_len keys, then its own first suffix_len. Query row i stands at suffix
     position suffix_len - q_len + i and sees all keys up to and including its own; rows at negative positions are
     padding and return 0. With window w, key j is visible to position i iff i - w < j <= i, over prefix and suffix
-    together. Unused slots may hold NaN. Differentiable where an input requires grad. float16 and bfloat16 are computed
-    in float32.
+    together. Unused slots may hold NaN. Differentiable where an input requires grad. float16 is computed in float32; of
+    bfloat16 the products are taken as they are, the softmax in float32.
 
     plan: what `Plan` makes of the same lengths and window, where many calls share them. Raises ValueError for lengths
     and shapes that do not fit together.
@@ -188,7 +225,13 @@ def agent_attention(
         raise ValueError(f"the plan is for {plan.shape} agents, heads and query rows, not {(agents, heads, q_len)}")
     if agents == 0 or q_len == 0 or suffix_k.shape[2] == 0:
         return q.masked_fill(torch.ones((), dtype=torch.bool, device=q.device), 0)
-    tensors = [x.to(torch.promote_types(q.dtype, torch.float32)) for x in (q, prefix_k, prefix_v, suffix_k, suffix_v)]
+    inputs = (q, prefix_k, prefix_v, suffix_k, suffix_v)
+    if runs_triton(q) and not (torch.is_grad_enabled() and any(x.requires_grad for x in inputs)):
+        from kernels.agent_attention_triton import fused_attention
+
+        return fused_attention(*inputs, plan)
+    compute = q.dtype if q.dtype == torch.bfloat16 else torch.promote_types(q.dtype, torch.float32)
+    tensors = [x.to(compute) for x in (q, prefix_k, prefix_v, suffix_k, suffix_v)]
     differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     if not differentiable:
         out = _grouped(*tensors, plan)
@@ -204,6 +247,7 @@ def agent_attention(
 def _grouped(q: Tensor, prefix_k: Tensor, prefix_v: Tensor, suffix_k: Tensor, suffix_v: Tensor, plan: Plan) -> Tensor:
     """The fast path, piece by piece."""
     agents, _, q_len, head_dim = q.shape
+    wide = torch.promote_types(q.dtype, torch.float32)
     rows = (q * head_dim**-0.5).reshape(agents, suffix_k.shape[1], -1, head_dim)  # a key head's queries: group * q_len
     done = []
     for piece in plan.pieces:
@@ -212,12 +256,12 @@ def _grouped(q: Tensor, prefix_k: Tensor, prefix_v: Tensor, suffix_k: Tensor, su
         if plan.suffix_mask is not None:
             own.view(*own.shape[:2], -1, q_len, own.shape[3]).add_(plan.suffix_mask[some])
         if not prefix:
-            done.append(own.softmax(dim=-1) @ suffix_v[some])
+            done.append(own.softmax(dim=-1, dtype=wide).to(own.dtype) @ suffix_v[some])
             continue
         shared = _by_world(rows[some], piece) @ prefix_k[worlds, :, :prefix].transpose(2, 3)
         if piece.mask is not None:
             shared.view(*shared.shape[:2], piece.width, -1, q_len, prefix).add_(piece.mask)
-        shares = torch.cat((shared, _by_world(own, piece)), dim=-1).softmax(dim=-1)
+        shares = torch.cat((shared, _by_world(own, piece)), dim=-1).softmax(dim=-1, dtype=wide).to(own.dtype)
         shared = shares[..., :prefix] @ prefix_v[worlds, :, :prefix]
         own = _by_agent(shares[..., prefix:], piece) @ suffix_v[some]
         done.append(_by_agent(shared, piece) + own)

@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kernels.dispatch import runs_triton
+
 IGNORED = -100  # a target that counts for nothing, as in PyTorch's cross-entropy
 TOKENS, CELLS = 512, 2**18  # tokens, and logits of hidden, that the CPU path holds at once (they should fit in cache)
 HEAD = 2**22  # numbers of the head that it uses at once: where the head is of another dtype, they are copied
@@ -70,10 +72,14 @@ def ib_loss(hidden: Tensor, prior_hidden: Tensor, weight: Tensor, targets: Tenso
     if wrong.any():
         raise ValueError(f"target {targets[wrong][0]} is neither {IGNORED} nor one of {weight.shape[0]} words")
     differentiable = torch.is_grad_enabled() and hidden.requires_grad
+    if runs_triton(hidden):
+        from kernels.ib_loss_triton import Fused as function
+    else:
+        function = _Streamed
     if kept.all():
-        return IBTerms(*_Streamed.apply(hidden, prior_hidden.detach(), weight.detach(), targets, differentiable))
+        return IBTerms(*function.apply(hidden, prior_hidden.detach(), weight.detach(), targets, differentiable))
     some = kept.nonzero()[:, 0]  # ignored tokens are not computed at all
-    terms = _Streamed.apply(hidden[some], prior_hidden.detach()[some], weight.detach(), targets[some], differentiable)
+    terms = function.apply(hidden[some], prior_hidden.detach()[some], weight.detach(), targets[some], differentiable)
     return IBTerms(*(term.new_zeros(tokens).index_put((some,), term) for term in terms))
 
 

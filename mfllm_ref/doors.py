@@ -30,7 +30,8 @@ def add_common(parser: argparse.ArgumentParser) -> None:
 def add_machine(parser: argparse._ActionsContainer) -> None:
     """The options of everything that computes."""
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if there is one")
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights; auto: float32 on CPU")
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights; auto: bfloat16 where the "
+                        "device multiplies it fast (for training only on a GPU), else float32")  # fmt: skip
     parser.add_argument("--seed", type=natural, default=0, help="of all sampling (default: 0)")
     parser.add_argument("--threads", type=whole(1, 1024), default=None, help="CPU threads (default: all cores)")
 
@@ -58,14 +59,18 @@ def threads(args: argparse.Namespace) -> int:
     return args.threads or cores
 
 
-def device_and_dtype(args: argparse.Namespace) -> tuple["torch.device", "torch.dtype"]:  # noqa: F821
-    """(device, dtype) from --device and --dtype. InputError where cuda is asked for and absent."""
+def device_and_dtype(args: argparse.Namespace, training: bool = True) -> tuple["torch.device", "torch.dtype"]:  # noqa: F821
+    """(device, dtype) from --device and --dtype. InputError where cuda is asked for and absent.
+
+    What auto means depends on what the CPU is able to do, never on a timing: one machine, one answer.
+    """
     import torch
 
     if args.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: this machine has no CUDA device that torch can use")
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
-    automatic = torch.float32 if device.type == "cpu" else torch.bfloat16
+    fast = device.type != "cpu" or not training and getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
+    automatic = torch.bfloat16 if fast else torch.float32
     return device, automatic if args.dtype == "auto" else getattr(torch, args.dtype)
 
 
@@ -75,6 +80,9 @@ def run_door(name: str, main: Callable[[], None]) -> int:
         main()
     except (InputError, OSError) as error:  # the system's own: a path too long, or one it lets nobody look at
         print(f"{name}: {error}", file=sys.stderr)
+        return 2
+    except FloatingPointError as error:  # weights that overflow: no NaN goes on into a file
+        print(f"{name}: {error} (damaged weights, or a --dtype too narrow for them)", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{name}: interrupted; --resume goes on from what is on disk", file=sys.stderr)

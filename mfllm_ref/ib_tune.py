@@ -41,7 +41,7 @@ class Settings:
     steps: int = 100
     rows: int = 8
     micro: int = 8
-    lr: float = 2e-3
+    lr: float | None = None  # None: that of the stage, tuning.DEFAULT_LR
     samples: int = 4  # K
     beta: float = 1.0
     repetition_penalty: float = 0.0  # taken off the reward for each token that the summary has had before
@@ -55,7 +55,7 @@ class Settings:
             raise InputError(f"--beta {self.beta:g}: must be a positive number")
         if self.samples < 2:
             raise InputError(f"--samples {self.samples}: the leave-one-out baseline needs at least 2")
-        if not 0 < self.lr < 1:
+        if self.lr is not None and not 0 < self.lr < 1:
             raise InputError(f"--lr {self.lr:g}: must lie between 0 and 1")
         if not self.clip > 0:
             raise InputError(f"--clip {self.clip:g}: must be positive")

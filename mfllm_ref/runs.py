@@ -215,7 +215,7 @@ def _earlier(out: Path, record: Mapping) -> dict | None:
         then, now = ({**r["settings"], **{f"sha256.{k}": v for k, v in r["sha256"].items()}} for r in (earlier, record))
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise InputError(f"{out / RUN_FILE}: damaged, cannot resume ({type(error).__name__})") from None
     now = json.loads(_json(now))  # as the file has it: a tuple is a list
     for key in sorted(then.keys() | now.keys()):

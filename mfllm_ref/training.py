@@ -51,6 +51,6 @@ def load_state(path: Path, device: torch.device) -> tuple[dict, dict[str, dict[s
             for key in file.keys():
                 group, _, name = key.partition(":")
                 groups.setdefault(group, {})[name] = file.get_tensor(key)
-    except (OSError, ValueError, TypeError, KeyError, safetensors.SafetensorError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError, safetensors.SafetensorError) as error:
         raise InputError(f"{path}: damaged, cannot resume ({type(error).__name__})") from None
     return facts, groups

@@ -30,6 +30,7 @@ MEAN_FIELD, POLICY = "mean-field", "policy"
 RIVALS = ("sft", "recent-sft", "popular-sft", "empirical-sft")
 DEV_EVENTS, DEV_STEPS = 24, (3, 8)  # held-out events that select an adapter, and the steps of theirs that a policy writes
 SELECTIONS = 5  # how often the dev events are looked at
+DEFAULT_LR = (5e-4, 3e-3)  # of the mean field, whose gradient is a noisy estimate, and of a policy
 SHOWN = 7  # events that the table before and after is made of
 
 
@@ -136,7 +137,8 @@ class Tuner:
 
     def one(self, job: Job, earlier: tuple[dict, dict[str, dict[str, Tensor]]] | None) -> None:
         """Tune one adapter and save it; `earlier` is the state to go on from."""
-        lm, settings = self.lm, replace(self.settings, steps=job.steps, beta=job.beta or self.settings.beta)
+        lm, lr = self.lm, self.settings.lr or DEFAULT_LR[job.signal is not None]
+        settings = replace(self.settings, steps=job.steps, beta=job.beta or self.settings.beta, lr=lr)
         lm.add_adapter(job.name, self.rank, 2.0 * self.rank, "all-linear", seed=hashed("adapter", settings.seed) % 2**31)
         parameters = lm.adapters.parameters(job.name)
         best = [p.detach().clone() for p in parameters]

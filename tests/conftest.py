@@ -1,7 +1,19 @@
-"""A language model with random weights and a tokenizer of its own: what tests of the society wing run on."""
+"""A language model with random weights and a tokenizer of its own: what tests of the society wing run on. And where
+Triton runs in tests."""
+
+import os
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Triton settles when it is imported whether its kernels run in its interpreter, so that is done before any other
+    # module may import it. Afterwards the variable would send every model of the suite there: `triton_device` sets it.
+    os.environ["TRITON_INTERPRET"] = "1"
+    import kernels.agent_attention_triton
+    import kernels.ib_loss_triton
+
+    del os.environ["TRITON_INTERPRET"]
 
 from mfllm_ref import pretrain
 from mfllm_ref.lm import LanguageModel
@@ -32,3 +44,18 @@ def random_folder(tmp_path_factory):
 def random_lm(random_folder):
     """The random model in float64, where no token depends on the batch."""
     return LanguageModel.load(random_folder, dtype=torch.float64)
+
+
+@pytest.fixture
+def triton_device(monkeypatch):
+    """The device whose tensors the dispatchers send to Triton: CUDA if there is one, else the CPU, interpreted."""
+    if torch.cuda.is_available():
+        return "cuda"
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    return "cpu"
+
+
+@pytest.fixture(params=["pytorch", "triton"])
+def path(request):
+    """A device for each of a dispatcher's two paths."""
+    return "cpu" if request.param == "pytorch" else request.getfixturevalue("triton_device")

@@ -7,6 +7,7 @@ minus its number as code. A request to start may hold "file_bytes", a limit on t
 "after", the seconds before it is sent.
 """
 
+import functools
 import json
 import os
 import resource
@@ -22,13 +23,15 @@ import torch._dynamo  # noqa: F401
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import simulate
 import train
-from mfllm_ref import doors, pretrain, report, simulation  # noqa: F401
+from mfllm_ref import doors, pretrain, report, simulation, tuning  # noqa: F401
 from mfllm_ref.society import response
 
 # Everything as in earnest, but small.
 pretrain.SHAPES["tiny"] = pretrain.Shape(dim=32, layers=1, heads=2, kv_heads=1, intermediate=48, vocab=700)
-pretrain.TOKENIZER_DOCUMENTS, pretrain.HELD_OUT, pretrain.WATCHED = 40, 1, {"stance": "oppose"}
+pretrain.TOKENIZER_DOCUMENTS, pretrain.HELD_OUT = 40, 1
 response.LEVELS = (0.1, 0.9)
+pretrain.response_curves = tuning.response_curves = functools.partial(response.response_curves, agents=3, action_tokens=4)
+tuning.SHOWN = 1
 DOORS = {"simulate.py": simulate.main, "train.py": train.main}
 operations = 0
 

@@ -57,3 +57,30 @@ def test_it_acts_writes_summaries_and_follows_its_signal(tiny):
     summary = tiny.generate([pasts[0].mean_field(3, prior=False).prefix], 120, stop=("\n",))[0]
     assert len(parse(summary, "en")) == 8, "a summary states all eight dimensions"
     assert slope(response_curves(tiny, pasts, annotate)["behavior_type"]) > 0.1
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_bfloat16_stays_close_to_float32(tiny, merged):
+    """What the doors use where the CPU is fast with it: the next token's distribution moves by some 1e-4 nats, much less
+    than an adapter moves it, also where an adapter was folded into the rounded weights."""
+    coarse, lms = LanguageModel.load(TINY, dtype=torch.bfloat16), []
+    event = agora.event("dev", 0)
+    shared = prompts.policy_shared("en", event.topic)
+    texts = [shared + prompts.policy_private("en", a.agent.profile) + a.text for a in event.actions[:12]]
+    for lm in (tiny, coarse):
+        if merged:
+            lm.add_adapter("rounded", rank=8, targets="all-linear", seed=0)
+            for i, weight in enumerate(lm.adapters.parameters("rounded")[1::2]):
+                weight.detach().normal_(generator=torch.Generator().manual_seed(i)).mul_(0.01)
+            lm.adapters.merge("rounded")
+        with torch.no_grad():
+            lms.append([lm.backbone(torch.tensor([lm.tokenizer.encode(text)]))[0].float().log_softmax(-1) for text in texts])
+        lm.adapters.activate(None)
+    with torch.no_grad():
+        bare = [tiny.backbone(torch.tensor([tiny.tokenizer.encode(text)]))[0].log_softmax(-1) for text in texts]
+    kl, effect = (
+        torch.cat([(p.exp() * (p - q)).sum(-1) for p, q in zip(lms[0], others, strict=True)]).mean()
+        for others in (lms[1], bare)
+    )
+    assert 1e-6 < kl < 5e-4
+    assert effect > 5 * kl if merged else effect < 1e-9

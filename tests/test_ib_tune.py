@@ -193,7 +193,7 @@ def tuned(random_lm):
         del random_lm.adapters.adapters[name]
 
 
-SMALL = Settings(rows=3, micro=2, samples=2, summary_tokens=6, beta=2.0)
+SMALL = Settings(lr=1e-2, rows=3, micro=2, samples=2, summary_tokens=6, beta=2.0)
 
 
 def test_an_update_is_the_estimator_on_its_own_samples(tuned, pasts):
@@ -263,7 +263,7 @@ def test_a_loss_that_is_not_finite_stops_before_anything_moves(tuned, pasts):
     before = [p.detach().clone() for p in parameters]
     losses = iter([(parameters[0].sum() * 0 + 1, 0.5), (parameters[0].sum() * math.nan, 0.5)])
     with pytest.raises(FloatingPointError, match=r"nan at step 7 \(event e step 3\)"):
-        ib_tune.apply(tuned, ib_tune.Update(losses, {}, "event e step 3"), optimizer, 7, Settings())
+        ib_tune.apply(tuned, ib_tune.Update(losses, {}, "event e step 3"), optimizer, 7, Settings(lr=1e-2))
     assert all(torch.equal(p, q) for p, q in zip(before, parameters, strict=True))
 
 

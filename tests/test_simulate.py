@@ -4,6 +4,7 @@ What the numbers are is tested where they are computed; here, that every file is
 same bytes again, and that no wrong input gets further than one line.
 """
 
+import argparse
 import dataclasses
 import json
 import shutil
@@ -275,3 +276,13 @@ def test_a_refused_folder_is_left_alone(door, tmp_path):
         code, _, err = door("--out", tmp_path / name)
         assert code == 2 and name in err
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_auto_is_bfloat16_where_the_cpu_multiplies_it_and_never_for_training(fast, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": fast})
+    args = argparse.Namespace(device="cpu", dtype="auto")
+    assert doors.device_and_dtype(args, training=False)[1] is (torch.bfloat16 if fast else torch.float32)
+    assert doors.device_and_dtype(args)[1] is torch.float32
+    args.dtype = "float64"
+    assert doors.device_and_dtype(args, training=False)[1] is torch.float64

@@ -81,5 +81,5 @@ class ChatTemplate:
         environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         try:
             return environment.from_string(self.source).render(**variables)
-        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
-            raise InputError(f"{self.where}: the chat template failed: {error}") from None
+        except Exception as error:  # the template is a program of the checkpoint's: it may fail in any way
+            raise InputError(f"{self.where}: the chat template failed: {error or type(error).__name__}") from None

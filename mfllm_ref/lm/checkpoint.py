@@ -121,7 +121,7 @@ def _index(folder: Path) -> dict[str, str]:
 @contextmanager
 def open_tensors(file: Path) -> Iterator[Any]:
     """A memory-mapped safetensors file (its header is validated on opening), with its errors made InputErrors."""
-    if not file.is_file():
+    if not os.path.isfile(file):  # False too for names that no file can have
         raise InputError(f"{file}: no such file")
     try:
         with safe_open(file, framework="pt") as handle:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -57,6 +58,8 @@ class Adapters:
         self.adapters: dict[str, Adapter] = {}
         self.active: str | None = None
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self._mixtures: list[_Mixture] = []
+        self._mixed: tuple[str | None, ...] = ()  # the adapters that `mix` has put to work
         self._merged: dict[str, nn.Parameter] = {}  # the original weights, by layer path, while an adapter is merged
 
     def add(
@@ -122,16 +125,19 @@ class Adapters:
         self.unmerge()
         for hook in self._hooks:
             hook.remove()
-        self._hooks = []
+        self._hooks, self._mixtures, self._mixed = [], [], ()
         for path, update in adapter.layers.items() if adapter is not None else ():
             self._hooks.append(self.backbone.get_submodule(path).register_forward_hook(_Update(*update)))
         self.active = name
 
-    def merge(self, name: str) -> None:
+    def merge(self, name: str | None) -> None:
         """Make `name` active by folding scale * B A into the weights: no cost per token, but no gradient either, and
         the sum is rounded to the backbone's dtype. The original weights are kept aside."""
+        if name is None or not self._merged or name != self.active:
+            self.activate(None)
+        if name == self.active:
+            return
         adapter = self._get(name)
-        self.activate(None)
         with torch.no_grad():
             for path, (a, b, scale) in adapter.layers.items():
                 linear = self.backbone.get_submodule(path)
@@ -139,6 +145,22 @@ class Adapters:
                 merged = (linear.weight.to(a.dtype) + (b @ a) * scale).to(linear.weight.dtype)
                 linear.weight = nn.Parameter(merged, requires_grad=False)  # new: a tied embedding keeps the old one
         self.active = name
+
+    def mix(self, names: Sequence[str | None], rows: np.ndarray) -> None:
+        """Let several adapters work on one batch [rows, ..., dim], each on rows of its own: rows [rows], indices into
+        `names`. No gradient. `activate` ends it."""
+        index = torch.from_numpy(rows).to(self.backbone.lm_head.weight.device)
+        if self._mixed != tuple(names):
+            adapters = [Adapter({}, {}) if name is None else self._get(name) for name in names]
+            self.activate(None)
+            for path in dict.fromkeys(path for adapter in adapters for path in adapter.layers):
+                linear = self.backbone.get_submodule(path)
+                updates = {i: adapter.layers[path] for i, adapter in enumerate(adapters) if path in adapter.layers}
+                self._mixtures.append(_Mixture(updates, linear.weight))
+                self._hooks.append(linear.register_forward_hook(self._mixtures[-1]))
+            self._mixed = tuple(names)
+        for mixture in self._mixtures:
+            mixture.gate = (index[:, None] == mixture.owner).to(mixture.a.dtype)
 
     def unmerge(self) -> None:
         """Put the original weights (the very tensors, so every bit) back after `merge`; then no adapter is active."""
@@ -167,6 +189,20 @@ class _Update:
 
     def __call__(self, linear: nn.Module, inputs: tuple[Tensor], out: Tensor) -> Tensor:
         return (out + F.linear(F.linear(inputs[0].to(self.a.dtype), self.a) * self.scale, self.b)).to(out.dtype)
+
+
+class _Mixture:
+    """The forward hook of a linear layer under several adapters: all A's are stacked, all B's laid side by side, and
+    what a row has of the others' A x is multiplied by 0 in between. In the layer's own dtype."""
+
+    def __init__(self, updates: Mapping[int, tuple[Tensor, Tensor, float]], weight: Tensor) -> None:
+        self.a = torch.cat([a.detach() for a, _, _ in updates.values()]).to(weight.dtype)
+        self.b = torch.cat([b.detach() * scale for _, b, scale in updates.values()], dim=1).to(weight.dtype).T
+        self.owner = torch.tensor([i for i, (a, _, _) in updates.items() for _ in a], device=weight.device)
+
+    def __call__(self, linear: nn.Module, inputs: tuple[Tensor], out: Tensor) -> Tensor:
+        own = F.linear(inputs[0].flatten(0, -2), self.a) * self.gate
+        return torch.addmm(out.flatten(0, -2), own, self.b).view_as(out)
 
 
 def _keys(path: str) -> tuple[str, str]:

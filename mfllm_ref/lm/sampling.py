@@ -63,18 +63,19 @@ def sample(logits: Tensor, noise: np.ndarray | None, temperature: float, top_k: 
     if temperature != 1:
         largest = logits.amax(dim=-1, keepdim=True)
         if temperature == 0:
-            _finite(largest)
+            check_finite(largest)
             return logits.argmax(dim=-1)
         logits = (logits - largest) / temperature  # at most 0: a small temperature cannot overflow
     cumulative = truncate(logits, top_k, top_p).softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
     total = cumulative[:, -1:]
-    _finite(total)
+    check_finite(total)
     # Strictly below the total, so that the token found has a probability above 0.
     target = torch.from_numpy(noise).to(total.device)[:, None] * total
     target = target.minimum(total.nextafter(torch.zeros_like(total)))
     return torch.searchsorted(cumulative, target, right=True)[:, 0]
 
 
-def _finite(x: Tensor) -> None:
+def check_finite(x: Tensor) -> None:
+    """FloatingPointError where a number that the language model is about to give is NaN or infinite."""
     if not x.isfinite().all():
         raise FloatingPointError("the model's logits are not finite")

@@ -251,12 +251,17 @@ class _SentencePiece(_Model):
         pieces = [model.id_to_piece(i) for i in range(model.get_piece_size())]
         self.bytes = {i: int(piece[3:-1], 16) for i, piece in enumerate(pieces) if model.is_byte(i)}
         self.added = {pieces[i]: Added(i) for i in range(len(pieces)) if model.is_control(i) or model.is_unknown(i)}
-        declared = config.get("added_tokens_decoder", {})
-        for token, id in extra.items():
-            self.added[token] = Added(id)
-        for id, token in declared.items():
-            flags = {key: bool(token.get(key)) for key in ("special", "lstrip", "rstrip", "single_word")}
-            self.added[token["content"]] = Added(int(id), **flags)
+        try:
+            given = {token: Added(id) for token, id in extra.items()}
+            for id, token in config.get("added_tokens_decoder", {}).items():
+                flags = {key: bool(token.get(key)) for key in ("special", "lstrip", "rstrip", "single_word")}
+                given[token["content"]] = Added(int(id), **flags)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{path.parent}: damaged added_tokens_decoder in tokenizer_config.json ({error!r:.80})") from None
+        for token, added in given.items():
+            if not isinstance(token, str) or not token or type(added.id) is not int or not 0 <= added.id < 2**24:
+                raise InputError(f"{path.parent}: an added token must be text with an id, not {token!r:.60} with {added.id!r:.60}")
+        self.added |= given
         self.pieces = dict(enumerate(pieces)) | {added.id: token for token, added in self.added.items()}
         self.ids = {piece: id for id, piece in self.pieces.items()}
         self.silent = {added.id for added in self.added.values() if added.special}

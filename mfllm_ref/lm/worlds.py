@@ -6,6 +6,7 @@ attention alone. All of this is differentiable; a prefix's keys and values carry
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -20,10 +21,11 @@ PACKED = 4096  # tokens in one forward pass over packed rows
 
 @dataclass(frozen=True)
 class World:
-    """Agents (indices into the caller's list) and the tokens their prompts begin with."""
+    """Agents (indices into the caller's list), the tokens their prompts begin with, and the adapter they speak under."""
 
     prefix: list[int]
     agents: list[int]
+    adapter: str | None = None
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,18 @@ class Prefixes:
     k: list[Tensor]
     v: list[Tensor]
     lengths: Tensor
+
+    @staticmethod
+    def join(parts: list["Prefixes"]) -> "Prefixes":
+        """Those of several chunks, one after another."""
+        if len(parts) == 1:
+            return parts[0]
+        longest = max(part.k[0].shape[2] for part in parts)
+        k, v = (
+            [torch.cat([F.pad(x, (0, 0, 0, longest - x.shape[2])) for x in layer]) for layer in zip(*layers, strict=True)]
+            for layers in ([part.k for part in parts], [part.v for part in parts])
+        )
+        return Prefixes(k, v, torch.cat([part.lengths for part in parts]))
 
     def keep(self, world: np.ndarray) -> tuple["Prefixes", np.ndarray]:
         """Without the worlds that `world` (of the remaining agents) no longer names, and `world` renumbered."""
@@ -184,15 +198,41 @@ def run_suffixes(
         yield some, _run(backbone, inputs[some], packing, starts[some], attend, wanted)
 
 
+def prefill(
+    backbone: Backbone, chunk: list[World], inputs: list[list[int]], world: np.ndarray, slots: int,
+    enter: Callable[[str | None], None],
+) -> tuple[Prefixes, Tensor, tuple[Tensor, Tensor]]:  # fmt: skip
+    """Run all prompts of a chunk, the worlds of each adapter (neighbours in the chunk) after `enter(adapter)`: (prefixes,
+    final hidden states of the last tokens [agents, dim], caches as `run_step` takes them, with so many slots)."""
+    config, weight = backbone.config, backbone.lm_head.weight
+    shape = (2, config.layers, len(inputs), config.kv_heads, int(slots), config.head_dim)
+    caches = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
+    ones = np.ones(len(inputs), dtype=np.int64)
+    parts, hidden = [], []
+    for adapter, group in groupby(range(len(chunk)), lambda w: chunk[w].adapter):
+        first, *others = group
+        rows = slice(*np.searchsorted(world, (first, first + 1 + len(others))))
+
+        def store(layer: int, some: slice, k: Tensor, v: Tensor, rows: slice = rows) -> None:
+            for cache, new in zip(caches[:, layer, rows], (k, v), strict=True):
+                cache[some, :, : new.shape[2]] = new
+
+        enter(adapter)
+        parts.append(run_prefixes(backbone, chunk[first : first + 1 + len(others)]))
+        batches = run_suffixes(backbone, inputs[rows], ones[rows], world[rows] - first, parts[-1], store)
+        hidden += [states for _, states in batches]
+    return Prefixes.join(parts), torch.cat(hidden), (caches[0], caches[1])
+
+
 def run_step(
     backbone: Backbone, ids: Tensor, lengths: np.ndarray, world: np.ndarray, prefixes: Prefixes,
     cache_k: Tensor, cache_v: Tensor,
 ) -> Tensor:  # fmt: skip
     """Feed one token to every agent: ids [agents]; lengths, their suffixes' with this token -> hidden [agents, dim].
     Caches [layers, agents, kv_heads, slots, head_dim] are written in place."""
-    longest = int(lengths.max())
-    attention = Attention(backbone, prefixes, lengths, world, 1, longest)
     _, agents, kv_heads, slots, head_dim = cache_k.shape
+    # All slots, also the unused ones: products of whole tensors are up to 7 times as fast as those of slices.
+    attention = Attention(backbone, prefixes, lengths, world, 1, slots)
     row = np.arange(agents * kv_heads).reshape(agents, -1) * slots + lengths[:, None] - 1  # in [.., head_dim]
     row = torch.from_numpy(row.ravel()).to(ids.device)
     positions = torch.from_numpy(prefixes.lengths.numpy()[world] + lengths - 1).to(ids.device)[:, None]
@@ -200,6 +240,6 @@ def run_step(
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         for cache, new in ((cache_k, k), (cache_v, v)):
             cache[layer].view(-1, head_dim).index_copy_(0, row, new.reshape(-1, head_dim))
-        return attention(layer, q, cache_k[layer, :, :, :longest], cache_v[layer, :, :, :longest])
+        return attention(layer, q, cache_k[layer], cache_v[layer])
 
     return backbone.hidden(ids[:, None], positions, attend)[:, 0]

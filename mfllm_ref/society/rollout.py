@@ -10,8 +10,9 @@ forcing). Twins share the simulated worlds' batches, which makes them cheap: a m
 one world as for a hundred.
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -21,6 +22,9 @@ from mfllm_ref.lm import LanguageModel
 from mfllm_ref.society import prompts
 from mfllm_ref.society.events import Event, action_ids, hashed
 from mfllm_ref.society.signals import History, Seen
+
+TOO_LONG = "a prompt is longer than the backbone's positions: the oldest of what it tells is left out"
+SPARE = 8  # tokens that a tokenizer may put in front of a text
 
 Annotator = Callable[[Sequence[str], str], list[dict[str, str]]]
 Row = dict[str, object]
@@ -120,13 +124,20 @@ class State:
         """Public posts that everyone has seen by the start of `step`."""
         return [post.text for post in self.world.event.posts if post.index <= step * self.settings.batch]
 
-    def shared(self, step: int) -> str:
+    def shared(self, step: int, drop: int = 0) -> str:
+        """What all agents of the step are told; `drop` of it, the oldest first, left out: of the signal, then of the posts."""
         event = self.world.event
         signal = self.history.signal(self.world.method.signal, event.language, self.mean_field)
-        return prompts.policy_shared(event.language, event.topic, self.posts(step), signal)
+        lines = signal.lines if signal else ()
+        if drop and signal:
+            # Lines of `recent` go from old to new; of `popular` the least popular goes first.
+            kept = lines[drop:] if signal.kind == "recent" else lines[: max(0, len(lines) - drop)]
+            signal = replace(signal, lines=kept) if kept else None
+        posts = self.posts(step)[max(0, drop - len(lines)) :]
+        return prompts.policy_shared(event.language, event.topic, posts, signal)
 
-    def policy_prompts(self, step: int, indices: Sequence[int]) -> list[str]:
-        event, shared = self.world.event, self.shared(step)
+    def policy_prompts(self, step: int, indices: Sequence[int], drop: int = 0) -> list[str]:
+        event, shared = self.world.event, self.shared(step, drop)
         return [shared + prompts.policy_private(event.language, event.actions[i].agent.profile) for i in indices]
 
     def seen(self, step: int, texts: Sequence[str], labels: Sequence[Mapping[str, str]]) -> list[Seen]:
@@ -148,21 +159,49 @@ class State:
             for k, ((profile, text), row) in enumerate(zip(actions, labels, strict=True))
         ]
 
-    def mean_field_prompt(self, step: int, actions: Sequence[Seen]) -> str:
-        """The prompt of m_{step+1}; agents are exchangeable, so the order is canonical (by text, then id)."""
-        event = self.world.event
+    def mean_field_prompt(self, step: int, actions: Sequence[Seen], drop: int = 0) -> str:
+        """The prompt of m_{step+1}; agents are exchangeable, so the order is canonical (by text, then id). `drop` things
+        are left out: the mean field before, then posts, the oldest first, then actions from the end of that order."""
+        event, posts, before = self.world.event, self.posts(step), self.mean_field
         listed = [(a.profile, a.text) for a in sorted(actions, key=lambda a: (a.text, a.id))]
-        return prompts.mean_field_prompt(event.language, event.topic, self.posts(step), self.mean_field, listed)
+        if drop and before:
+            before, drop = "", drop - 1
+        listed = listed[: len(listed) - max(0, drop - len(posts))]
+        return prompts.mean_field_prompt(event.language, event.topic, posts[drop:], before, listed)
 
 
 def _prompt(lm: LanguageModel, text: str, settings: Settings) -> str | list[int]:
     return lm.tokenizer.chat([{"role": "user", "content": text}]) if settings.chat else text
 
 
-def _groups(states: Sequence[State], adapter: Callable[[Method], str | None]) -> list[tuple[str | None, list[int]]]:
-    """Indices of `states` by adapter, the bare backbone first: each group is one batch of the language model."""
-    names = sorted({adapter(state.world.method) for state in states}, key=lambda name: (name is not None, name or ""))
-    return [(name, [k for k, s in enumerate(states) if adapter(s.world.method) == name]) for name in names]
+def _fitting(
+    lm: LanguageModel, state: State, settings: Settings, rooms: Sequence[int], build: Callable[[int], list[str]]
+) -> list[str | list[int]]:  # fmt: skip
+    """The prompts build(0), each with its `rooms` of the backbone's positions left for what follows. Where one is too
+    long, it is that of the first build(1), build(2), ... (so many of the oldest things untold) that fits. Raises
+    InputError naming the event where not even the shortest does."""
+    limit, texts = lm.backbone.config.max_positions, build(0)
+    out = [_prompt(lm, text, settings) for text in texts]
+    for i, room in enumerate(rooms):
+        dropped = 0
+        while _longer(lm, out[i], limit - room):
+            dropped += 1
+            shorter = build(dropped)[i]
+            if shorter == texts[i]:
+                raise InputError(
+                    f"event {state.world.event.id}, method {state.world.method.name}: a prompt that tells no more than it "
+                    f"must does not fit into the backbone's {limit} positions with {room} tokens to follow"
+                )
+            warnings.warn(TOO_LONG, stacklevel=2)
+            texts[i], out[i] = shorter, _prompt(lm, shorter, settings)
+    return out
+
+
+def _longer(lm: LanguageModel, prompt: str | list[int], limit: int) -> bool:
+    """Whether a prompt has more than `limit` tokens, with the one that some tokenizers put in front."""
+    if isinstance(prompt, str) and len(prompt.encode()) + SPARE <= limit:
+        return False  # no token has less than a byte
+    return len(lm.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt) + 1 > limit
 
 
 def _steps(states: Sequence[State]) -> range:
@@ -180,17 +219,16 @@ def _act(lm: LanguageModel, states: Sequence[State], step: int, settings: Settin
             if not pool:
                 raise InputError(f"--warmup 0: method {state.world.method.name} has no actions to draw from")
             out[-1] += [pool[int(_seed(state, step, i) % len(pool))] for i in simulated]
-    speaking = [k for k, state in enumerate(states) if not state.world.method.resamples]
-    for name, members in _groups([states[k] for k in speaking], lambda method: method.policy):
-        texts, worlds, seeds, owners = [], [], [], []
-        for k in (speaking[m] for m in members):
-            simulated = [i for i in states[k].indices(step) if i >= states[k].real]
-            texts += [_prompt(lm, text, settings) for text in states[k].policy_prompts(step, simulated)]
-            seeds += [_seed(states[k], step, i) for i in simulated]
-            worlds += [k] * len(simulated)
-            owners += [k] * len(simulated)
-        with lm.adapter(name):
-            written = lm.generate(texts, settings.action_tokens, seeds=seeds, stop=("\n",), worlds=worlds)
+    texts, seeds, owners = [], [], []
+    for k, state in enumerate(states):
+        simulated = [i for i in state.indices(step) if i >= state.real and not state.world.method.resamples]
+        texts += _fitting(lm, state, settings, [settings.action_tokens] * len(simulated),
+                          lambda drop: state.policy_prompts(step, simulated, drop))  # fmt: skip
+        seeds += [_seed(states[k], step, i) for i in simulated]
+        owners += [k] * len(simulated)
+    if texts:
+        adapters = [states[k].world.method.policy for k in owners]
+        written = lm.generate(texts, settings.action_tokens, seeds=seeds, stop=("\n",), worlds=owners, adapters=adapters)
         for k, text in zip(owners, written, strict=True):
             out[k].append(text.strip())
     return out
@@ -205,14 +243,18 @@ def _update_mean_fields(
 ) -> None:
     """m_{step+1} of every world that has a mean-field model and a next step to guide."""
     chosen = [k for k, state in enumerate(states) if state.guides(step + 1)]
-    for name, members in _groups([states[k] for k in chosen], lambda method: method.mean_field):
-        owners = [chosen[m] for m in members]
-        texts = [_prompt(lm, states[k].mean_field_prompt(step, actions[k]), settings) for k in owners]
-        seeds = [hashed(states[k].world.seed, states[k].world.event.id, step + 1, "mean field") for k in owners]
-        with lm.adapter(name):
-            written = lm.generate(texts, settings.summary_tokens, seeds=seeds, stop=("\n",), worlds=owners)
-        for k, text in zip(owners, written, strict=True):
-            states[k].mean_field = " ".join(text.split())
+    if not chosen:
+        return
+    texts = [
+        _fitting(lm, states[k], settings, [settings.summary_tokens],
+                 lambda drop: [states[k].mean_field_prompt(step, actions[k], drop)])[0]
+        for k in chosen
+    ]  # fmt: skip
+    seeds = [hashed(states[k].world.seed, states[k].world.event.id, step + 1, "mean field") for k in chosen]
+    adapters = [states[k].world.method.mean_field for k in chosen]
+    written = lm.generate(texts, settings.summary_tokens, seeds=seeds, stop=("\n",), worlds=chosen, adapters=adapters)
+    for k, text in zip(chosen, written, strict=True):
+        states[k].mean_field = " ".join(text.split())
 
 
 def _score(lm: LanguageModel, twins: Sequence[State], step: int, settings: Settings) -> dict[int, tuple[float, int]]:
@@ -220,12 +262,15 @@ def _score(lm: LanguageModel, twins: Sequence[State], step: int, settings: Setti
     text included (DESIGN section 6, nll)."""
     out: dict[int, tuple[float, int]] = {}
     scored = [k for k, twin in enumerate(twins) if twin.indices(step)[-1] >= settings.warmup]
-    for name, members in _groups([twins[k] for k in scored], lambda method: method.policy):
+    adapters = [twins[k].world.method.policy for k in scored]
+    for name in dict.fromkeys(adapters):
         texts, spoken, owners = [], [], []
-        for k in (scored[m] for m in members):
+        for k in (k for k, adapter in zip(scored, adapters, strict=True) if adapter == name):
             future = [i for i in twins[k].indices(step) if i >= settings.warmup]
-            texts += [_prompt(lm, text, settings) for text in twins[k].policy_prompts(step, future)]
-            spoken += [prompts.continuation(twins[k].world.event.actions[i].text) for i in future]
+            said = [prompts.continuation(twins[k].world.event.actions[i].text) for i in future]
+            rooms = [max(settings.action_tokens, len(ids) + 1) for ids in lm.tokenizer.encode_batch(said)]
+            texts += _fitting(lm, twins[k], settings, rooms, lambda drop: twins[k].policy_prompts(step, future, drop))
+            spoken += said
             owners += [k] * len(future)
         with lm.adapter(name), torch.no_grad():
             nats = -lm.log_prob(texts, spoken, worlds=owners, end_of_text=True).double().cpu().numpy()

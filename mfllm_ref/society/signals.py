@@ -6,6 +6,7 @@ weighted label shares (for `empirical`). It is updated a step at a time, never a
 
 import math
 import re
+import warnings
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -149,8 +150,13 @@ class History:
         return known + math.log1p(max(0.0, seen.popularity))
 
     def signal(self, kind: str, language: str, mean_field: str = "") -> Signal | None:
-        """What the next step's agents are told under a method's `kind` of signal; None where there is nothing to tell."""
+        """What the next step's agents are told under a method's `kind` of signal; None where there is nothing to tell.
+
+        An empty mean field of a population that has acted, a summary without a word, tells nothing: a warning, once.
+        """
         if kind == "mean-field":
+            if self.newest and not mean_field:
+                warnings.warn("a mean-field model wrote an empty summary, which tells the next step nothing", stacklevel=2)
             return Signal("population", (mean_field,)) if mean_field else None
         if kind == "none" or not self.newest:
             return None

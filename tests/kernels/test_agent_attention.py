@@ -1,11 +1,14 @@
-"""agent_attention against an independent oracle (PyTorch's attention, one agent at a time) and its own properties."""
+"""agent_attention against an independent oracle (PyTorch's attention, one agent at a time) and its own properties.
+
+Tests that take `path` run in PyTorch and in Triton: on CUDA if there is one, else in Triton's interpreter.
+"""
 
 import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kernels import agent_attention
@@ -35,6 +38,10 @@ def make(counts, q_len, prefix, suffix, heads=4, kv_heads=2, head_dim=8, dtype=t
         "world": torch.repeat_interleave(torch.arange(worlds), torch.tensor(counts, dtype=torch.int64)).int(),
     }
     return spoil(case) if dirty else case
+
+
+def on(device, case):
+    return {name: x.to(device) for name, x in case.items()}
 
 
 def spoil(case):
@@ -101,11 +108,37 @@ def test_any_shape_equals_the_oracle(counts, q_len, prefix, suffix, heads, windo
     torch.testing.assert_close(agent_attention_reference(**case, window=window), expected, rtol=0, atol=1e-12)
 
 
+@given(
+    counts=st.lists(st.integers(0, 3), min_size=1, max_size=3),
+    q_len=st.sampled_from([1, 1, 3, 17]),
+    prefix=st.sampled_from([0, 1, 40, 150]),
+    suffix=st.sampled_from([1, 8, 70]),
+    heads=st.sampled_from([(1, 1), (6, 1), (4, 2)]),
+    head_dim=st.sampled_from([8, 32, 80, 128]),
+    window=st.sampled_from([None, None, 1, 12, 100]),
+    dirty=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.float16]),
+    seed=st.integers(0, 10_000),
+)
+@settings(
+    max_examples=60, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_any_shape_equals_the_oracle_in_triton(
+    triton_device, counts, q_len, prefix, suffix, heads, head_dim, window, dirty, dtype, seed
+):
+    """Invariant: the same of the Triton kernels, whatever tiles are left ragged."""
+    case = make(counts, q_len, prefix, suffix, *heads, head_dim, dtype, seed)
+    expected = oracle(case, window)
+    out = agent_attention(**on(triton_device, spoil(case) if dirty else case), window=window).cpu()
+    assert out.dtype == dtype and out.shape == expected.shape
+    torch.testing.assert_close(out, expected, rtol=0, atol=TOLERANCE[dtype])
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_every_dtype_keeps_its_own_precision(dtype):
+def test_every_dtype_keeps_its_own_precision(path, dtype):
     case = make([3, 0, 2], 4, 12, 6, head_dim=16, dtype=dtype, dirty=True)
     for function in (agent_attention, agent_attention_reference):
-        out = function(**case, window=9)
+        out = function(**on(path, case), window=9).cpu()
         assert out.dtype == dtype
         assert (out.double() - oracle(case, 9).double()).abs().max() < TOLERANCE[dtype]
 
@@ -117,6 +150,17 @@ def test_gradients_equal_finite_differences(function, window):
     inputs = [case[name].requires_grad_() for name in ARGUMENTS]
     rest = {name: case[name] for name in case if name not in ARGUMENTS}
     assert torch.autograd.gradcheck(lambda *x: function(**dict(zip(ARGUMENTS, x)), **rest, window=window), inputs)
+
+
+def test_inputs_that_require_grad_take_the_differentiable_path(triton_device):
+    case = on(triton_device, make([2, 1], 3, 4, 5, dtype=torch.float32, seed=4))
+    case["suffix_v"].requires_grad_()
+    out = agent_attention(**case)
+    (gradient,) = torch.autograd.grad(out.sum(), case["suffix_v"])
+    (expected,) = torch.autograd.grad(agent_attention_reference(**case).sum(), case["suffix_v"])
+    torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(agent_attention(**case), out.detach(), rtol=0, atol=TOLERANCE[torch.float32])
 
 
 def test_gradients_of_the_fast_path_equal_the_references_and_ignore_nan_in_unused_slots():
@@ -131,9 +175,9 @@ def test_gradients_of_the_fast_path_equal_the_references_and_ignore_nan_in_unuse
         torch.testing.assert_close(fast, reference, rtol=0, atol=1e-12)
 
 
-def test_padding_rows_return_zero():
-    case = make([2], 4, 3, 5)
-    case["suffix_len"] = torch.tensor([1, 0], dtype=torch.int32)
+def test_padding_rows_return_zero(path):
+    case = on(path, make([2], 4, 3, 5, dtype=torch.float32))
+    case["suffix_len"] = torch.tensor([1, 0], dtype=torch.int32, device=path)
     for function in (agent_attention, agent_attention_reference):
         out = function(**case)
         assert (out[0, :, :3] == 0).all() and (out[1] == 0).all() and (out[0, :, 3] != 0).all()
@@ -153,12 +197,12 @@ def test_nothing_to_see_is_legal(function, sizes):
     assert torch.autograd.grad(out.sum(), case["q"], allow_unused=True)[0] is not None
 
 
-def test_a_plan_made_once_serves_many_layers():
-    case = make([3, 2], 2, 5, 4, seed=5)
-    plan = Plan(4, 2, case["prefix_len"], 5, case["suffix_len"], 4, case["world"], window=3)
+def test_a_plan_made_once_serves_many_layers(path):
+    case = make([3, 2], 2, 5, 4, dtype=torch.float32, seed=5)
+    plan = Plan(4, 2, case["prefix_len"], 5, case["suffix_len"], 4, case["world"], window=3, device=path)
     for scale in (1.0, -2.0):
         layer = {name: x * scale if name in ARGUMENTS else x for name, x in case.items()}
-        torch.testing.assert_close(agent_attention(**layer, window=3, plan=plan), oracle(layer, 3))
+        torch.testing.assert_close(agent_attention(**on(path, layer), window=3, plan=plan).cpu(), oracle(layer, 3))
     with pytest.raises(ValueError, match="plan"):
         agent_attention(**make([3, 3], 2, 5, 4), plan=plan)
 
@@ -178,9 +222,9 @@ def test_impossible_lengths_are_refused(change):
         agent_attention(**{**make([2, 1], 2, 5, 4), **change})
 
 
-def test_large_scores_do_not_overflow():
+def test_large_scores_do_not_overflow(path):
     case = make([2, 2], 2, 6, 4, dtype=torch.float32, seed=2)
     case = {name: x * 1e3 if name in ("q", "prefix_k", "suffix_k") else x for name, x in case.items()}
-    out = agent_attention(**case)
+    out = agent_attention(**on(path, case)).cpu()
     assert out.isfinite().all()
     torch.testing.assert_close(out, oracle(case), rtol=1e-4, atol=1e-4)

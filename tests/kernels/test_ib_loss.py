@@ -1,16 +1,20 @@
-"""ib_loss against an independent oracle (float64 softmaxes written out, analytic gradients) and its own properties."""
+"""ib_loss against an independent oracle (float64 softmaxes written out, analytic gradients) and its own properties.
+
+Tests that take `path` run in PyTorch and in Triton: on CUDA if there is one, else in Triton's interpreter.
+"""
 
 import sys
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kernels import ib_loss
 from kernels.ib_loss import IGNORED, ib_loss_reference
 
 MODULE = sys.modules["kernels.ib_loss"]
+FUSED = pytest.importorskip("kernels.ib_loss_triton")
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 3e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 
 
@@ -43,12 +47,13 @@ def oracle(hidden, prior, weight, targets, up_log_prob, up_kl):
     return terms, gradient
 
 
-def run(function, case, upstream):
+def run(function, case, upstream, device="cpu"):
     """Terms [3, tokens] and the gradient to hidden, for one upstream gradient a token and differentiable term."""
-    hidden = case[0].clone().requires_grad_()
-    terms = function(hidden, *case[1:])
-    total = sum((term * up.to(term.dtype)).sum() for term, up in zip((terms.log_prob, terms.kl), upstream, strict=True))
-    return torch.stack(terms).detach(), torch.autograd.grad(total, hidden)[0]
+    hidden, *rest = (x.to(device) for x in case)
+    hidden = hidden.clone().requires_grad_()
+    terms = function(hidden, *rest)
+    total = sum((term * up.to(term)).sum() for term, up in zip((terms.log_prob, terms.kl), upstream, strict=True))
+    return torch.stack(terms).detach().cpu(), torch.autograd.grad(total, hidden)[0].cpu()
 
 
 def close(case, upstream, result, tolerance):
@@ -86,10 +91,32 @@ def test_any_shape_equals_the_oracle(tokens, dim, vocab, cells, chunk, scale, dt
     close(case, upstream, run(ib_loss_reference, case, upstream), TOLERANCE[dtype])
 
 
+@given(
+    tokens=st.integers(1, 150),
+    dim=st.sampled_from([1, 16, 40, 70, 130]),
+    vocab=st.sampled_from([1, 2, 64, 65, 300, 900]),
+    buffer=st.sampled_from([1, 2**15, 2**26]),
+    scale=st.sampled_from([1.0, 30.0, 1e4]),
+    dtype=st.sampled_from([torch.float32, torch.float16]),
+    seed=st.integers(0, 10_000),
+)
+@settings(
+    max_examples=12, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_any_shape_equals_the_oracle_in_triton(triton_device, tokens, dim, vocab, buffer, scale, dtype, seed):
+    """Invariant: the same of the Triton kernels, whatever tiles and pieces of the vocabulary are left ragged."""
+    case, upstream = make(tokens, dim, vocab, dtype, seed, scale, ignored=0.1)
+    before, FUSED.BUFFER = FUSED.BUFFER, buffer
+    try:
+        close(case, upstream, run(ib_loss, case, upstream, triton_device), TOLERANCE[dtype])
+    finally:
+        FUSED.BUFFER = before
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_every_dtype_is_computed_in_float32_or_better(dtype):
+def test_every_dtype_is_computed_in_float32_or_better(path, dtype):
     case, upstream = make(20, 48, 300, dtype)
-    terms, gradient = run(ib_loss, case, upstream)
+    terms, gradient = run(ib_loss, case, upstream, path)
     assert terms.dtype == torch.promote_types(dtype, torch.float32) and gradient.dtype == dtype
     close(case, upstream, (terms, gradient), TOLERANCE[dtype])
     assert (terms - oracle(*case, *upstream)[0]).abs().max() < 1e-4  # the terms themselves are not rounded to dtype
@@ -106,8 +133,8 @@ def test_gradients_equal_finite_differences():
 
 
 @pytest.mark.parametrize("function", [ib_loss, ib_loss_reference])
-def test_only_hidden_has_a_gradient_and_only_from_log_prob_and_kl(function):
-    (hidden, prior, weight, targets), _ = make(5, 3, 11)
+def test_only_hidden_has_a_gradient_and_only_from_log_prob_and_kl(path, function):
+    hidden, prior, weight, targets = (x.to(path) for x in make(5, 3, 11, torch.float32)[0])
     for x in (hidden, prior, weight):
         x.requires_grad_()
     terms = function(hidden, prior, weight, targets)
@@ -120,28 +147,29 @@ def test_only_hidden_has_a_gradient_and_only_from_log_prob_and_kl(function):
         ib_loss(hidden, prior, weight, targets.clamp(max=0) + 11)
 
 
-def test_ignored_tokens_are_zero_and_harmless_whatever_they_hold():
-    (hidden, prior, weight, targets), upstream = make(12, 4, 30, ignored=0.5)
+def test_ignored_tokens_are_zero_and_harmless_whatever_they_hold(path):
+    (hidden, prior, weight, targets), upstream = make(12, 4, 30, torch.float32, ignored=0.5)
     ignored = targets == IGNORED
     assert 0 < ignored.sum() < 12
     dirty = hidden.masked_fill(ignored[:, None], torch.nan)
-    terms, gradient = run(ib_loss, (dirty, prior, weight, targets), upstream)
-    clean, clean_gradient = run(ib_loss, (hidden, prior, weight, targets), upstream)
+    terms, gradient = run(ib_loss, (dirty, prior, weight, targets), upstream, path)
+    clean, clean_gradient = run(ib_loss, (hidden, prior, weight, targets), upstream, path)
     assert (terms[:, ignored] == 0).all() and (gradient[ignored] == 0).all()
     assert torch.equal(terms, clean) and torch.equal(gradient, clean_gradient)
 
 
 @pytest.mark.parametrize("constant", [-1e4, 1e4])
-def test_a_constant_added_to_all_logits_changes_nothing(constant):
+def test_a_constant_added_to_all_logits_changes_nothing(path, constant):
     """A column of ones in the head multiplies a number in the hidden states; both logits move, by different amounts. With
     logits that float32 still holds exactly after the move, not even rounding differs much."""
     g = torch.Generator().manual_seed(3)
     hidden, prior = (torch.randint(-2, 3, (6, 4), generator=g).float() for _ in range(2))
     weight, targets = torch.randint(-2, 3, (50, 4), generator=g).float(), torch.randint(50, (6,), generator=g)
     upstream = torch.randn(2, 6, generator=g)
-    plain, gradient = run(ib_loss, (hidden, prior, weight, targets), upstream)
+    plain, gradient = run(ib_loss, (hidden, prior, weight, targets), upstream, path)
     moved = torch.cat((hidden, torch.full((6, 1), constant)), 1), torch.cat((prior, torch.full((6, 1), -constant)), 1)
-    moved, moved_gradient = run(ib_loss, (*moved, torch.cat((weight, torch.ones(50, 1)), 1), targets), upstream)
+    case = (*moved, torch.cat((weight, torch.ones(50, 1)), 1), targets)
+    moved, moved_gradient = run(ib_loss, case, upstream, path)
     torch.testing.assert_close(moved, plain, rtol=0, atol=1e-5)
     torch.testing.assert_close(moved_gradient[:, :4], gradient, rtol=0, atol=1e-4)
     assert moved_gradient[:, 4].abs().max() < 1e-4
@@ -159,9 +187,9 @@ def test_maxima_that_grow_along_the_vocabulary_are_followed():
         MODULE.CELLS = before
 
 
-def test_equal_distributions_have_no_divergence_and_no_gradient_of_it():
+def test_equal_distributions_have_no_divergence_and_no_gradient_of_it(path):
     (hidden, _, weight, targets), _ = make(8, 16, 200, torch.float32)
-    terms, gradient = run(ib_loss, (hidden, hidden.clone(), weight, targets), (torch.zeros(8), torch.ones(8)))
+    terms, gradient = run(ib_loss, (hidden, hidden.clone(), weight, targets), (torch.zeros(8), torch.ones(8)), path)
     assert terms[2].abs().max() < 1e-5 and gradient.abs().max() < 1e-5
 
 

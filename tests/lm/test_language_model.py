@@ -302,6 +302,37 @@ def test_an_adapter_in_use_survives_generate_and_every_bit_comes_back(folder):
         assert torch.equal(weight, before[name]), name
 
 
+@pytest.mark.parametrize("logits", [2**24, 5 * VOCAB])
+def test_adapters_decode_together_as_each_does_alone(folder, logits, monkeypatch):
+    """Invariant: with one adapter a prompt, of different ranks and layers, texts are those under each adapter alone."""
+    monkeypatch.setattr(language_model, "LOGITS", logits)
+    lm = LanguageModel.load(folder["qwen2"], dtype=torch.float64)
+    made = {"a": (2, "all-linear"), "b": (3, ["q_proj", "lm_head"]), "c": (4, ["down_proj"])}
+    for name, (rank, targets) in made.items():
+        lm.add_adapter(name, rank, targets=targets, seed=0)
+        with torch.no_grad():
+            for i, weight in enumerate(lm.adapters.parameters(name)):
+                weight.normal_(generator=torch.Generator().manual_seed(i + rank)).mul_(0.2)
+    prompts, worlds_ = prompts_of(4, 6, seed=3)
+    names = [(None, "a", "b", "c", "a", None)[i % 6] for i in range(len(prompts))]
+    how = {"max_new_tokens": 12, "stop": ["e", "!"], "repetition_penalty": 1.1}
+    seeds = list(range(len(prompts)))
+    with lm.adapter("c"):
+        together = lm.generate(prompts, seeds=seeds, worlds=worlds_, adapters=names, **how)
+        assert lm.adapters.active == "c"
+    bare = lm.generate(prompts, seeds=seeds, **how)
+    for name in (None, *made):
+        with lm.adapter(name):
+            alone = lm.generate(prompts, seeds=seeds, **how)
+        assert [t for t, n in zip(together, names, strict=True) if n == name] == [
+            t for t, n in zip(alone, names, strict=True) if n == name
+        ]
+        assert name is None or alone != bare
+    with pytest.raises(InputError, match="no adapter named 'd'"):
+        lm.generate(["a", "b"], adapters=[None, "d"])
+    assert lm.generate(prompts, seeds=seeds, **how) == bare, "a refused name leaves nothing behind"
+
+
 def test_an_adapter_goes_to_disk_and_back(lm, tmp_path):
     lm.add_adapter("saved", rank=2, seed=1)
     with torch.no_grad():
@@ -340,6 +371,16 @@ def test_positions_run_out(lm):
         lm.log_prob([full], [[5, 6]])
 
 
+def test_no_nan_leaves_silently(folder):
+    """A weight that became NaN: sampling and scoring both say so, whatever row it concerns."""
+    lm = LanguageModel.load(folder["llama"])
+    lm.backbone.model.norm.weight.data[0] = math.nan
+    with pytest.raises(FloatingPointError):
+        lm.generate(["a", "b"], 2)
+    with pytest.raises(FloatingPointError):
+        lm.log_prob(["a", "b"], ["c", ""])
+
+
 def test_nothing_to_do(lm):
     assert lm.generate([]) == [] and lm.generate(["a", "b"], max_new_tokens=0) == ["", ""]
     assert lm.log_prob([], []).shape == (0,)
@@ -351,6 +392,7 @@ def test_nothing_to_do(lm):
     [
         {"max_new_tokens": -1}, {"temperature": -0.1}, {"temperature": math.nan}, {"top_k": -1}, {"top_p": 0.0},
         {"top_p": 1.1}, {"repetition_penalty": 0.0}, {"stop": [""]}, {"seeds": [1, 2]}, {"worlds": [1, 2]},
+        {"adapters": [None, None]}, {"adapters": ["nowhere"]},
     ],
 )  # fmt: skip
 def test_bad_options_are_refused(lm, options):

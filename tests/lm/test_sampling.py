@@ -33,9 +33,14 @@ def test_sampling_never_picks_what_has_no_probability():
     assert sample(logits, ends, 1.0).tolist() == [1, 2]
     assert sample(logits, ends, 1e-30).tolist() == [2, 2]
     assert (truncate(logits, top_p=1e-9)[:, 2] == 2).all() and (truncate(logits, top_k=1) > -torch.inf).sum() == 2
-    for bad in (torch.nan, torch.inf):
-        with pytest.raises(FloatingPointError):
-            sample(torch.tensor([[0.0, bad]]), ends[:1], 1.0)
+
+
+@pytest.mark.parametrize("row", [[0.0, torch.nan], [0.0, torch.inf], [-torch.inf, -torch.inf]])
+@pytest.mark.parametrize("options", [{"temperature": 0.0}, {"temperature": 1.0}, {"temperature": 0.5, "top_k": 1}, {"temperature": 1.0, "top_p": 0.5}])
+def test_a_row_without_a_distribution_is_an_error(row, options):
+    """NaN, +inf, or nothing but -inf: there is nothing to draw, and no token stands for that. The other rows do not help."""
+    with pytest.raises(FloatingPointError, match="logits are not finite"):
+        sample(torch.tensor([[0.0, 1.0], row]), np.array([0.5, 0.5]), **options)
 
 
 def test_no_small_seed_has_a_peculiar_noise():

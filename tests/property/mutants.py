@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from types import CodeType, FunctionType
 
+from kernels.ib_loss import _stream
 from mfllm_ref import metrics
 from mfllm_ref.lm import LanguageModel, tokenizer
 from mfllm_ref.lm.lora import Adapters
@@ -62,7 +63,7 @@ MUTANTS = [
            "seeds += [_seed(states[k], step, i) + len(seeds) for i in simulated]"),
     Mutant(FIELD + "test_an_agent_does_not_depend_on_the_agents_beside_it", State.policy_prompts,
            "shared + prompts", "shared[:-1] + str(len(indices)) + prompts"),
-    Mutant(FIELD + "test_an_agent_does_not_depend_on_how_work_is_cut", LanguageModel.generate,
+    Mutant(FIELD + "test_an_agent_does_not_depend_on_how_work_is_cut", LanguageModel._generate_ids,
            "hashed[agents]", "hashed[:len(agents)]"),
     Mutant(FIELD + "test_an_agent_does_not_depend_on_how_many_processes_share_the_work", rollout._seed,
            "state.world.seed,", "state.world.seed, torch.get_num_threads(),"),
@@ -116,4 +117,9 @@ MUTANTS = [
     Mutant(PARTS + "test_the_tiny_tokenizer_decodes_what_it_encoded", tokenizer.Tokenizer.decode_batch,
            "[list(ids) for ids in batch]", "[list(ids[:-1]) for ids in batch]"),
     Mutant(PARTS + "test_no_text_gives_a_special_or_added_id", tokenizer._Json.encode, "self.plain if", "self.full if"),
+    # the information bottleneck's terms
+    Mutant(PARTS + "test_the_terms_of_the_bottleneck_are_bounded", _stream,
+           "mean - log_sums[0] + log_sums[1]", "mean - log_sums[0]"),
+    Mutant(PARTS + "test_the_terms_of_the_bottleneck_are_bounded", _stream,
+           "chosen - top - log_sums", "chosen - top"),
 ]  # fmt: skip

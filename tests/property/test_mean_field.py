@@ -386,8 +386,8 @@ def test_methods_that_show_an_agent_the_same_prompt_get_the_same_action(random_l
     shown: dict[tuple, dict[str, str]] = {}
     original = rollout.State.policy_prompts
 
-    def recorded(state, step, indices):
-        prompts = original(state, step, indices)
+    def recorded(state, step, indices, drop):
+        prompts = original(state, step, indices, drop)
         for i, prompt in zip(indices, prompts, strict=True):
             shown.setdefault((step, i), {})[state.world.method.name] = prompt
         return prompts

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from sklearn.metrics import f1_score
 
+from kernels.ib_loss import ib_loss
 from mfllm_ref import pretrain
 from mfllm_ref.lm.backbone import Backbone
 from mfllm_ref.lm.lora import Adapters
@@ -302,3 +303,26 @@ def test_unguarded_the_same_words_are_control_tokens():
     assert {*CONTROL[1:5], "<s>"} <= pieces.added.keys()
     added = {token.id for token in model.added.values()}
     assert all(set(model.full.encode(word).ids) & added for word in CONTROL)
+
+
+# ---- the information bottleneck's terms
+
+
+@check(25)
+@given(st.integers(1, 6), st.integers(1, 5), st.integers(2, 40), st.sampled_from([0.1, 1.0, 30.0]), st.integers(0, 99))
+def test_the_terms_of_the_bottleneck_are_bounded(tokens, dim, vocab, scale, seed):
+    """For any hidden states KL >= 0 (-1e-6 for rounding), KL = 0 for equal ones and for those whose logits differ by a
+    constant, log mu <= 0 and log r <= 0, and KL is the mean of log mu - log r under mu."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden, prior, weight = (torch.randn(size, generator=generator) * scale for size in ((tokens, dim), (tokens, dim), (vocab, dim)))
+    terms = [ib_loss(hidden, prior, weight, torch.full((tokens,), target)) for target in range(vocab)]
+    kl = terms[0].kl
+    assert (kl >= -1e-6).all()
+    for term in terms:
+        assert (term.log_prob <= 0).all() and (term.prior_log_prob <= 0).all()
+    log_mu, log_r = (torch.stack([getattr(t, name) for t in terms]).double() for name in ("log_prob", "prior_log_prob"))
+    torch.testing.assert_close((log_mu.exp() * (log_mu - log_r)).sum(0), kl.double(), rtol=1e-3, atol=1e-3)
+    assert ib_loss(hidden, hidden, weight, torch.zeros(tokens, dtype=torch.int64)).kl.abs().max() <= 1e-6
+    flat = torch.cat([weight, torch.ones(vocab, 1)], 1)  # one more dimension, which adds its value to every logit
+    moved = [torch.cat([hidden, torch.full((tokens, 1), value)], 1) for value in (0.0, 3.0)]
+    assert ib_loss(*moved, flat, torch.zeros(tokens, dtype=torch.int64)).kl.abs().max() <= 1e-4

@@ -180,3 +180,48 @@ def test_a_warm_up_that_leaves_nothing_is_refused(random_lm, event):
         run(random_lm, worlds(event), replace(SETTINGS, warmup=34))
     with pytest.raises(InputError, match="--warmup 0.*persistence"):
         run(random_lm, worlds(event), replace(SETTINGS, warmup=0))
+
+
+def _few_positions(lm, monkeypatch, positions):
+    monkeypatch.setattr(lm.backbone, "config", replace(lm.backbone.config, max_positions=positions))
+
+
+def test_a_prompt_that_is_too_long_tells_less_of_the_oldest(random_lm, event, monkeypatch):
+    """Signal first (from its oldest line), then posts; never the profile or the instruction, and one warning in all."""
+    posts = (PublicPost(0, "The first news. " * 3), PublicPost(4, "The second news. " * 3))
+    some = worlds(replace(event, posts=posts), methods=[METHODS["recent"], METHODS["popular"], METHODS["mf-llm-no-ib"]])
+    shown: list[tuple[str, int]] = []
+    generate, limit = type(random_lm).generate, 270
+
+    def recorded(lm, texts, tokens, **options):
+        shown.extend((text, tokens) for text in texts)
+        return generate(lm, texts, tokens, **options)
+
+    monkeypatch.setattr(type(random_lm), "generate", recorded)
+    plain = run(random_lm, some)[0]
+    full = shown.copy()
+    shown.clear()
+    _few_positions(random_lm, monkeypatch, limit)
+    with pytest.warns(UserWarning, match="the oldest of what it tells is left out"):
+        again = run(random_lm, some)[0]
+    lengths = [len(random_lm.tokenizer.encode(text)) + tokens for text, tokens in full]
+    assert max(lengths) > limit > min(lengths) and len(again) == len(plain)
+    assert all(len(random_lm.tokenizer.encode(text)) + tokens <= limit for text, tokens in shown)
+    # Before anything simulated was seen, both runs are asked the same but for what had to go.
+    shorter = 0
+    for (whole, tokens), (part, _) in zip(full[:6], shown[:6], strict=True):
+        lines, left = whole.splitlines(), part.splitlines()
+        assert [line for line in lines if line in left] == left, "lines are left out, none is changed"
+        fixed = 2 if lines[-1] == "Post:" else 1
+        assert lines[-fixed:] == left[-fixed:] and lines[:2] == left[:2], "profile, instruction and topic stay"
+        shorter += left != lines
+        if len(random_lm.tokenizer.encode(whole)) + tokens <= limit - 2:
+            assert left == lines
+    assert shorter
+
+
+def test_an_event_whose_shortest_prompt_does_not_fit_is_refused(random_lm, event, monkeypatch):
+    _few_positions(random_lm, monkeypatch, 40)
+    with pytest.warns(UserWarning), pytest.raises(InputError, match=f"{event.id}, method recent: .* 40 positions") as error:
+        run(random_lm, worlds(event, methods=[METHODS["recent"]]))
+    assert "\n" not in str(error.value)

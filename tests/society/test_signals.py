@@ -89,6 +89,13 @@ def test_nobody_is_told_anything_before_the_first_action():
         history.signal("rumour", "en")
 
 
+def test_an_empty_summary_tells_nothing_with_a_warning():
+    history = History(10)
+    history.update([seen(_labels())])
+    with pytest.warns(UserWarning, match="empty summary"):
+        assert history.signal("mean-field", "en", "") is None
+
+
 def _labels() -> dict[str, str]:
     return {d: names[0] for d, names in DIMENSIONS.items()}
 

@@ -1,0 +1,185 @@
+"""agent_attention's forward pass in Triton: two launches for any number of worlds, one over prefixes, one over suffixes.
+
+Prefix: a program takes a block of query rows of one world and key head, whatever agents they belong to, and walks along
+the world's prefix: matrix products of [BLOCK_M, head_dim] with [head_dim, BLOCK_N] on tensor cores, where every key is
+read once a block and, thanks to the second-level cache, about once a world from memory. It leaves, per row, the average
+of the values and the log-sum-exp of the scores.
+
+Suffix: a program takes the rows of one agent and key head and starts its online softmax from what the prefix left, as if
+it had walked there itself: the state (maximum, sum, average) = (log-sum-exp, 1, average) is the join of the two parts.
+
+Cost: 4 h d t P FLOPs an agent on the prefixes; bytes of q and out, of all suffixes, and 8 h d t an agent for the state
+between the launches, float32, written and read.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.agent_attention import Plan
+from kernels.dispatch import processors
+
+LOG2E = 1.4426950408889634  # scores are kept in units of log 2: 2^x is one instruction
+LOW = tl.constexpr(-1e30)  # below any score, yet finite: a difference of two infinities is not a number
+
+
+@triton.jit
+def _walk(
+    q, k_base, v_base, k_stride, v_stride, start, end, low, high, scale, top, total, average,
+    HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Online softmax along the keys [start, end), seen by a row where low <= key < high; without MASKED by all rows."""
+    d = tl.arange(0, BLOCK_D)
+    for n in range(start, end, BLOCK_N):
+        key = n + tl.arange(0, BLOCK_N)
+        loaded = d[None, :] < HEAD_DIM
+        if MASKED:
+            loaded = loaded & (key < end)[:, None]
+        at = key.to(tl.int64)[:, None]
+        k = tl.load(k_base + at * k_stride + d[None, :], mask=loaded, other=0.0).to(q.dtype)
+        v = tl.load(v_base + at * v_stride + d[None, :], mask=loaded, other=0.0).to(q.dtype)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        if MASKED:
+            seen = (key[None, :] >= low[:, None]) & (key[None, :] < high[:, None])
+            scores = tl.where(seen, scores, float("-inf"))
+        new = tl.maximum(top, tl.max(scores, axis=1))
+        decay = tl.exp2(top - new)
+        e = tl.exp2(scores - new[:, None])
+        total = total * decay + tl.sum(e, axis=1)
+        average = tl.dot(e.to(q.dtype), v, average * decay[:, None], input_precision="ieee")
+        top = new
+    return top, total, average
+
+
+@triton.jit
+def _prefix_kernel(
+    q, k, v, lengths, own, blocks, state, state_lse, k_world, k_head, k_slot, v_world, v_head, v_slot, scale,
+    window, q_len, rows,
+    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    WINDOWED: tl.constexpr,
+):  # fmt: skip
+    """state [agents, kv_heads, rows, head_dim] and state_lse [agents, kv_heads, rows], both float32: the average of the
+    prefix's values, and the log-sum-exp of its scores (base 2). rows = group * q_len query rows an agent and key head."""
+    blocks += tl.program_id(0) * 4
+    head, heads = tl.program_id(1), tl.num_programs(1)
+    world, first = tl.load(blocks).to(tl.int64), tl.load(blocks + 1)
+    r = tl.load(blocks + 3) + tl.arange(0, BLOCK_M)  # counted through the world's agents
+    real = r < tl.load(blocks + 2)
+    agent = first + r // rows
+    length = tl.load(lengths + world)
+    row = tl.load(own + agent, mask=real, other=0) - q_len + r % q_len
+    real = real & (row >= 0)
+    place = (agent.to(tl.int64) * heads + head) * rows + r % rows
+    d = tl.arange(0, BLOCK_D)
+    inside = real[:, None] & (d[None, :] < HEAD_DIM)
+    query = tl.load(q + place[:, None] * HEAD_DIM + d[None, :], mask=inside, other=0.0)
+    top = tl.full((BLOCK_M,), LOW, tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    average = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    k += world * k_world + head * k_head
+    v += world * v_world + head * v_head
+    low, high = tl.zeros((BLOCK_M,), tl.int32), tl.zeros((BLOCK_M,), tl.int32) + length
+    start = 0
+    whole = length // BLOCK_N * BLOCK_N
+    if WINDOWED:
+        low = tl.where(real, length + row - window + 1, length)
+        start = tl.maximum(tl.min(low, axis=0), 0) // BLOCK_N * BLOCK_N
+        whole = start
+    else:
+        top, total, average = _walk(
+            query, k, v, k_slot, v_slot, 0, whole, low, high, scale, top, total, average,
+            HEAD_DIM, BLOCK_N, BLOCK_D, False,
+        )  # fmt: skip
+    top, total, average = _walk(
+        query, k, v, k_slot, v_slot, whole, length, low, high, scale, top, total, average,
+        HEAD_DIM, BLOCK_N, BLOCK_D, True,
+    )  # fmt: skip
+    some = total > 0
+    total = tl.where(some, total, 1.0)
+    tl.store(state + place[:, None] * HEAD_DIM + d[None, :], average / total[:, None], mask=inside)
+    tl.store(state_lse + place, tl.where(some, top + tl.log2(total), LOW), mask=real)
+
+
+@triton.jit
+def _suffix_kernel(
+    q, k, v, lengths, world_of, own, state, state_lse, out, k_agent, k_head, k_slot, v_agent, v_head, v_slot, scale,
+    window, q_len, rows,
+    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    WINDOWED: tl.constexpr, HAS_PREFIX: tl.constexpr,
+):  # fmt: skip
+    """out [agents, kv_heads, rows, head_dim]: attention over the suffix, going on from the state of the prefix."""
+    head, heads = tl.program_id(1), tl.num_programs(1)
+    agent = tl.program_id(0).to(tl.int64)
+    r = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row = tl.load(own + agent) - q_len + r % q_len
+    real = (r < rows) & (row >= 0)
+    place = (agent * heads + head) * rows + r
+    d = tl.arange(0, BLOCK_D)
+    inside = real[:, None] & (d[None, :] < HEAD_DIM)
+    query = tl.load(q + place[:, None] * HEAD_DIM + d[None, :], mask=inside, other=0.0)
+    top = tl.full((BLOCK_M,), LOW, tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    average = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    if HAS_PREFIX:
+        if tl.load(lengths + tl.load(world_of + agent)) > 0:
+            top = tl.load(state_lse + place, mask=real, other=LOW)
+            total = tl.where(top > LOW, 1.0, 0.0)
+            average = tl.load(state + place[:, None] * HEAD_DIM + d[None, :], mask=inside, other=0.0)
+    start = 0
+    low = tl.zeros((BLOCK_M,), tl.int32)
+    if WINDOWED:
+        low = tl.where(real, row - window + 1, tl.maximum(tl.max(row, axis=0), 0))
+        start = tl.maximum(tl.min(low, axis=0), 0) // BLOCK_N * BLOCK_N
+    top, total, average = _walk(
+        query, k + agent * k_agent + head * k_head, v + agent * v_agent + head * v_head, k_slot, v_slot,
+        start, tl.max(tl.where(real, row + 1, 0), axis=0), low, tl.where(real, row + 1, 0), scale, top, total, average,
+        HEAD_DIM, BLOCK_N, BLOCK_D, True,
+    )  # fmt: skip
+    average = tl.where(real[:, None], average / tl.where(real, total, 1.0)[:, None], 0.0)  # padding rows return 0
+    stored = (r < rows)[:, None] & (d[None, :] < HEAD_DIM)
+    tl.store(out + place[:, None] * HEAD_DIM + d[None, :], average.to(out.dtype.element_ty), mask=stored)
+
+
+def fused_attention(
+    q: Tensor, prefix_k: Tensor, prefix_v: Tensor, suffix_k: Tensor, suffix_v: Tensor, plan: Plan
+) -> Tensor:  # fmt: skip
+    """`agent_attention` of at least one query row and suffix slot, by its plan. No gradient."""
+    dtype = q.dtype
+    if not q.is_cuda and dtype == torch.bfloat16:  # the interpreter cannot multiply it
+        q = q.float()
+    q = q.contiguous()
+    prefix_k, prefix_v, suffix_k, suffix_v = (
+        x if x.stride(3) == 1 else x.contiguous() for x in (prefix_k, prefix_v, suffix_k, suffix_v)
+    )
+    agents, heads, q_len, head_dim = q.shape
+    kv_heads = suffix_k.shape[1]
+    rows = heads // kv_heads * q_len
+    lengths, own, world = plan.lengths
+    half = q.element_size() == 2
+    wide = max(16, triton.next_power_of_2(head_dim))
+    scale, window = head_dim**-0.5 * LOG2E, plan.window or 0
+    fixed = {"HEAD_DIM": head_dim, "BLOCK_D": wide, "WINDOWED": plan.window is not None}
+    state = q.new_empty(agents, kv_heads, rows, head_dim, dtype=torch.float32)
+    state_lse = q.new_empty(agents, kv_heads, rows, dtype=torch.float32)
+    # A block of 128 rows keeps tensor cores busy; float32, without them, has registers for 32. Few rows in all: smaller
+    # blocks, so that every multiprocessor gets one.
+    most = int(plan.counts.max()) * rows
+    size = min(128 if half else 32, max(16, triton.next_power_of_2(most)))
+    while size > 32 and len(plan.blocks(rows, size)) * kv_heads < processors(q.device):
+        size //= 2
+    blocks = plan.blocks(rows, size)
+    if len(blocks):
+        _prefix_kernel[len(blocks), kv_heads](
+            q, prefix_k, prefix_v, lengths, own, blocks, state, state_lse, *prefix_k.stride()[:3],
+            *prefix_v.stride()[:3], scale, window, q_len, rows, BLOCK_M=size, BLOCK_N=64 if half else 32,
+            num_warps=8 if size == 128 else 4, num_stages=3 if half else 2, **fixed,
+        )  # fmt: skip
+    out = torch.empty_like(q, dtype=dtype)
+    size = min(64 if half else 32, max(16, triton.next_power_of_2(rows)))
+    _suffix_kernel[agents, kv_heads, triton.cdiv(rows, size)](
+        q, suffix_k, suffix_v, lengths, world, own, state, state_lse, out, *suffix_k.stride()[:3],
+        *suffix_v.stride()[:3], scale, window, q_len, rows, BLOCK_M=size, BLOCK_N=64 if half else 32,
+        HAS_PREFIX=len(blocks) > 0, num_warps=4, num_stages=2, **fixed,
+    )  # fmt: skip
+    return out

@@ -1,0 +1,25 @@
+"""Which tensors Triton computes."""
+
+import os
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+
+def runs_triton(x: Tensor) -> bool:
+    """Whether Triton computes x: a CUDA tensor, or any under Triton's interpreter (TRITON_INTERPRET=1, set before the
+    kernels are first used). float64 is PyTorch's everywhere."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    return x.dtype != torch.float64 and (x.is_cuda or interpreted) and _installed()
+
+
+@cache
+def _installed() -> bool:
+    return find_spec("triton") is not None
+
+
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors of a GPU; 2 where there is none, so that the interpreter runs every loop."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
