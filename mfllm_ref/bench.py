@@ -277,8 +277,8 @@ def predict(args: argparse.Namespace) -> None:
             f"{found.seconds / 3600:.2f}", f"{found.flops / 1e9:.0f}",
         ])  # fmt: skip
     print(f"{args.agents} agents on {args.config} in bfloat16, {args.gpus} devices at {args.utilisation:.0%} of"
-          f" {args.tflops:g} TFLOP/s and {args.bandwidth:g} GB/s; P {args.prefix}, S {args.suffix}, G {args.new}; the mean-field model reads"
-          f" {args.head} + {args.listed} B tokens and writes {args.summary}")  # fmt: skip
+          f" {args.tflops:g} TFLOP/s and {args.bandwidth:g} GB/s; P {args.prefix}, S {args.suffix}, G {args.new};"
+          f" the mean-field model reads {args.head} + {args.listed} B tokens and writes {args.summary}")  # fmt: skip
     print(report.markdown(table))
 
 
