@@ -223,7 +223,7 @@ def train(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         lm.save_adapter(named, folder)
         model = peft.PeftModel.from_pretrained(their_model(lm), folder, is_trainable=True)
-    settings = ib_tune.Settings(rows=1, micro=1)
+    settings = ib_tune.Settings(steps=100, rows=1, micro=1, lr=1e-3)
     tuned = [p for p in model.parameters() if p.requires_grad]
     optimizers = [torch.optim.AdamW(some, lr=settings.lr, betas=(0.9, 0.98), weight_decay=0.0) for some in (parameters, tuned)]
     full = torch.from_numpy(ids).to(device)
@@ -277,8 +277,8 @@ def predict(args: argparse.Namespace) -> None:
             f"{found.seconds / 3600:.2f}", f"{found.flops / 1e9:.0f}",
         ])  # fmt: skip
     print(f"{args.agents} agents on {args.config} in bfloat16, {args.gpus} devices at {args.utilisation:.0%} of"
-          f" {args.tflops:g} TFLOP/s and {args.bandwidth:g} GB/s; P {args.prefix}, S {args.suffix}, G {args.new}; the mean-field model reads"
-          f" {args.head} + {args.listed} B tokens and writes {args.summary}")  # fmt: skip
+          f" {args.tflops:g} TFLOP/s and {args.bandwidth:g} GB/s; P {args.prefix}, S {args.suffix}, G {args.new};"
+          f" the mean-field model reads {args.head} + {args.listed} B tokens and writes {args.summary}")  # fmt: skip
     print(report.markdown(table))
 
 

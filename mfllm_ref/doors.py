@@ -31,7 +31,7 @@ def add_machine(parser: argparse._ActionsContainer) -> None:
     """The options of everything that computes."""
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if there is one")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights; auto: bfloat16 where the "
-                       "device multiplies it fast (for training only on a GPU), else float32")  # fmt: skip
+                        "device multiplies it fast (for training only on a GPU), else float32")  # fmt: skip
     parser.add_argument("--seed", type=natural, default=0, help="of all sampling (default: 0)")
     parser.add_argument("--threads", type=whole(1, 1024), default=None, help="CPU threads (default: all cores)")
 

@@ -48,7 +48,7 @@ def peak_memory() -> int:
 def rollout(args: argparse.Namespace) -> dict[str, float]:
     """One rollout of `args.agents` actions in `args.worlds` worlds, from the event to metrics.json's numbers, by way of files."""
     doors.threads(args)
-    device, dtype = doors.device_and_dtype(args)
+    device, dtype = doors.device_and_dtype(args, training=False)
     lm = LanguageModel.load(args.backbone, device, dtype)
     (agents,), (count,) = args.agents, args.worlds
     event, method = long_event(agents), METHODS["mf-llm-no-ib"]

@@ -134,7 +134,7 @@ def targets(place: Path) -> dict[str, Target]:
 
     def resume(folder: Path) -> None:
         with runs.open_run(folder, record, resume=True) as run:
-            list(run.lines("rows.jsonl").rows())
+            list(run.lines("rows.jsonl"))
             load_state(folder / "state.safetensors", torch.device("cpu"))
 
     for file in ("run.json", "rows.jsonl", "state.safetensors"):
