@@ -25,7 +25,7 @@ from mfllm_ref.errors import InputError
 from mfllm_ref.lm.backbone import Backbone
 from mfllm_ref.lm.checkpoint import load_backbone
 from mfllm_ref.lm.lora import Adapters
-from mfllm_ref.lm.sampling import check_finite, hash_seeds, penalise, sample, uniforms
+from mfllm_ref.lm.sampling import check_finite, hash_seeds, penalise, sample, square, uniforms
 from mfllm_ref.lm.tokenizer import Tokenizer
 from mfllm_ref.lm.worlds import World, common_prefix, prefill, run_prefixes, run_step, run_suffixes
 
@@ -103,16 +103,11 @@ class LanguageModel:
         greedy, top_k 0 and top_p 1 are off. A text ends before the end of text, before the first stop string, after
         max_new_tokens, or where the backbone's positions end. Special ids are left out of it.
         seeds: one whole number a prompt (default: its index); the noise of its n-th token depends on (seed, n) alone.
-<<<<<<< HEAD
         adapters: the one that continues each prompt (None: the bare backbone), in place of the active one; they decode
         together, so that many adapters take as many steps as one.
-        Raises InputError for options out of range, prompts that are empty or too long, and ids the backbone does not
-        have.
-=======
         A text may be empty: the end may come first. Raises InputError for options out of range, prompts that are empty or
         too long, and ids the backbone does not have; FloatingPointError where logits are NaN or all -inf, so that there
         is nothing to draw from.
->>>>>>> main
         """
         stop = (stop,) if isinstance(stop, str) else tuple(stop)
         for name, value, fine in (
@@ -315,7 +310,7 @@ class LanguageModel:
         limits = np.minimum(max_new_tokens, config.max_positions + 1 - np.array([len(row) for row in prompts]))
         row_of = np.arange(len(prompts))  # the agent in each row of the batch
         alive = np.ones(len(prompts), dtype=bool)  # by row
-        seen = _square(prompts, max_new_tokens, device) if penalty != 1 else None
+        seen = square(prompts, max_new_tokens, device) if penalty != 1 else None
         reach = max((len(s.encode()) for s in stop), default=0) + 8  # tokens that a stop string may extend over
         eos = np.array(self.tokenizer.eos_ids, dtype=np.int64)
 
@@ -404,9 +399,3 @@ class LanguageModel:
 
 def _whole(id: Any) -> bool:
     return isinstance(id, int | np.integer)
-
-
-def _square(rows: list[list[int]], spare: int, device: torch.device) -> Tensor:
-    """int64 [rows, longest + spare]: rows filled up with their last token."""
-    width = max(len(row) for row in rows) + spare
-    return torch.tensor([row + [row[-1]] * (width - len(row)) for row in rows], device=device)
