@@ -231,7 +231,7 @@ def agent_attention(
 
         return fused_attention(*inputs, plan)
     compute = q.dtype if q.dtype == torch.bfloat16 else torch.promote_types(q.dtype, torch.float32)
-    tensors = [x.to(compute) for x in (q, prefix_k, prefix_v, suffix_k, suffix_v)]
+    tensors = [x.to(compute) for x in inputs]
     differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     if not differentiable:
         out = _grouped(*tensors, plan)

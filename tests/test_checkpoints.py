@@ -71,7 +71,7 @@ def test_bfloat16_stays_close_to_float32(tiny, merged):
         if merged:
             lm.add_adapter("rounded", rank=8, targets="all-linear", seed=0)
             for i, weight in enumerate(lm.adapters.parameters("rounded")[1::2]):
-                weight.detach().normal_(generator=torch.Generator().manual_seed(i)).mul_(0.01)
+                weight.detach().normal_(generator=torch.Generator().manual_seed(i)).mul_(0.02)
             lm.adapters.merge("rounded")
         with torch.no_grad():
             lms.append([lm.backbone(torch.tensor([lm.tokenizer.encode(text)]))[0].float().log_softmax(-1) for text in texts])

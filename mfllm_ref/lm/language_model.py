@@ -25,7 +25,7 @@ from mfllm_ref.errors import InputError
 from mfllm_ref.lm.backbone import Backbone
 from mfllm_ref.lm.checkpoint import load_backbone
 from mfllm_ref.lm.lora import Adapters
-from mfllm_ref.lm.sampling import check_finite, hash_seeds, penalise, sample, uniforms
+from mfllm_ref.lm.sampling import check_finite, hash_seeds, penalise, sample, square, uniforms
 from mfllm_ref.lm.tokenizer import Tokenizer
 from mfllm_ref.lm.worlds import World, common_prefix, prefill, run_prefixes, run_step, run_suffixes
 
@@ -310,7 +310,7 @@ class LanguageModel:
         limits = np.minimum(max_new_tokens, config.max_positions + 1 - np.array([len(row) for row in prompts]))
         row_of = np.arange(len(prompts))  # the agent in each row of the batch
         alive = np.ones(len(prompts), dtype=bool)  # by row
-        seen = _square(prompts, max_new_tokens, device) if penalty != 1 else None
+        seen = square(prompts, max_new_tokens, device) if penalty != 1 else None
         reach = max((len(s.encode()) for s in stop), default=0) + 8  # tokens that a stop string may extend over
         eos = np.array(self.tokenizer.eos_ids, dtype=np.int64)
 
@@ -399,9 +399,3 @@ class LanguageModel:
 
 def _whole(id: Any) -> bool:
     return isinstance(id, int | np.integer)
-
-
-def _square(rows: list[list[int]], spare: int, device: torch.device) -> Tensor:
-    """int64 [rows, longest + spare]: rows filled up with their last token."""
-    width = max(len(row) for row in rows) + spare
-    return torch.tensor([row + [row[-1]] * (width - len(row)) for row in rows], device=device)

@@ -33,6 +33,12 @@ def uniforms(hashed: np.ndarray, position: int) -> np.ndarray:
     return (_mix((hashed ^ step) + _WEYL) >> np.uint64(11)) * 2.0**-53
 
 
+def square(rows: list[list[int]], spare: int, device: torch.device) -> Tensor:
+    """int64 [rows, longest + spare]: rows filled up with their last token, for `penalise`."""
+    width = max(len(row) for row in rows) + spare
+    return torch.tensor([row + [row[-1]] * (width - len(row)) for row in rows], device=device)
+
+
 def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     """CTRL's repetition penalty (arXiv 1909.05858, section 4.1) as transformers applies it: positive logits of seen
     tokens are divided, negative ones multiplied. logits [agents, vocab]; seen int64 [agents, n], repeats allowed."""

@@ -79,8 +79,9 @@ def test_a_warm_up_action_changes_nothing_before_the_next_step(random_lm, event,
     rows, fields = run(random_lm, worlds(replace(event, actions=tuple(actions))))
     before = of(result[0], event=event.id)
     same = [(a["text"] == b["text"], a) for a, b in zip(rows, before, strict=True)]
-    # Action 9 is in step 1, of which only action 12 on is simulated: those read the signal of step 0 alone.
-    assert all(equal for equal, row in same if row["step"] <= 1 and row["index"] != 9)
+    # Action 9 is in step 1, of which only action 12 on is simulated: those read the signal of step 0 alone. `persistence`
+    # draws from the whole warm-up, whatever the step.
+    assert all(equal for equal, row in same if row["step"] <= 1 and row["index"] != 9 and row["method"] != "persistence")
     assert not all(equal for equal, row in same if row["step"] >= 2)
     assert of(fields, step=1) == of(result[1], event=event.id, step=1)
 
@@ -173,6 +174,24 @@ def test_twins_score_the_real_actions_given_the_real_past(random_lm, event, resu
     assert [row for step in steps for row in step.trajectory if row["method"] == "recent"] == of(
         result[0], event=event.id, method="recent"
     )
+
+
+def test_mean_fields_with_equal_pasts_are_written_once(random_lm, event, monkeypatch):
+    asked: list[list[str]] = []
+    generate = type(random_lm).generate
+
+    def recorded(lm, texts, tokens, **options):
+        if tokens == SETTINGS.summary_tokens:
+            asked.append(list(zip(texts, options["seeds"], options["adapters"], strict=True)))
+        return generate(lm, texts, tokens, **options)
+
+    monkeypatch.setattr(type(random_lm), "generate", recorded)
+    field = METHODS["mf-llm-no-ib"]
+    both = worlds(event, methods=[field, replace(field, name="other")], seeds=(0, 1))
+    rows = [row for step in rollout(random_lm, both, SETTINGS, ANNOTATE, likelihood=True) for row in step.mean_field]
+    # Two methods with two seeds, and twins of the first seed: one question a seed while the past is real.
+    assert [len(questions) for questions in asked] == [2, 2 + 1, 2 + 1, 2 + 1] and all(len(set(q)) == len(q) for q in asked)
+    assert [row["text"] for row in of(rows, method="other")] == [row["text"] for row in of(rows, method=field.name)]
 
 
 def test_a_warm_up_that_leaves_nothing_is_refused(random_lm, event):
