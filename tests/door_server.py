@@ -75,6 +75,8 @@ def main():
             pipes = [os.pipe() for _ in range(3)]  # files would fall under the limit; what a run says fits into a pipe
             pid = os.fork()
             if pid == 0:
+                # What runs the tests in the background of a shell has Ctrl-C ignored, and children inherit that.
+                signal.signal(signal.SIGINT, signal.default_int_handler)
                 try:
                     child(request.pop("start"), *(pipe[1] for pipe in pipes), **request)
                 except BaseException:  # noqa: BLE001  (an uncaught error is what a test must see: as the interpreter shows it)

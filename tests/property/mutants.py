@@ -105,7 +105,7 @@ MUTANTS = [
            "np.log(p) - np.log(q)", "np.log(p) + np.log(q)"),
     Mutant(PARTS + "test_w1_is_a_metric", metrics._w1, "np.abs(", "np.maximum(0, "),
     Mutant(PARTS + "test_dtw_is_symmetric_and_the_cheapest_path", metrics._dtw,
-           "np.minimum(total[i, j + 1], total[i + 1, j])", "total[i, j + 1]"),
+           "np.minimum(last[start:stop], last[start + 1 : stop + 1])", "last[start:stop]"),
     Mutant(PARTS + "test_f1_lies_in_the_unit_interval", metrics._f1, "np.maximum(items, 1)", "np.maximum(items - hits, 1)"),
     # adapters
     Mutant(PARTS + "test_a_fresh_adapter_is_the_identity", Adapters.add, "torch.zeros(", "torch.ones("),
