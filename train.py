@@ -40,7 +40,7 @@ def parser() -> doors.Parser:
                      "policy 300, pretrain 1500)")  # fmt: skip
     out.add_argument("--rows", type=doors.positive, help="population steps, or documents, that an update learns from "
                      "(default: 8; pretrain: 12)")  # fmt: skip
-    out.add_argument("--lr", type=float, help="peak learning rate (default: mean-field 0.0005, policy 0.003, "
+    out.add_argument("--lr", type=float, help="peak learning rate (default: mean-field 0.0005, policy 0.001, "
                      "pretrain 0.004)")  # fmt: skip
     out.add_argument("--batch", type=doors.positive, default=10, metavar="B", help="actions a population step (default: 10)")
     out.add_argument("--save-every", type=doors.positive, help="steps between states on disk (default: 20; pretrain: 100)")

@@ -30,7 +30,7 @@ MEAN_FIELD, POLICY = "mean-field", "policy"
 RIVALS = ("sft", "recent-sft", "popular-sft", "empirical-sft")
 DEV_EVENTS, DEV_STEPS = 24, (3, 8)  # held-out events that select an adapter, and the steps of theirs that a policy writes
 SELECTIONS = 5  # how often the dev events are looked at
-DEFAULT_LR = (5e-4, 3e-3)  # of the mean field, whose gradient is a noisy estimate, and of a policy
+DEFAULT_LR = (5e-4, 1e-3)  # of the mean field, whose gradient is a noisy estimate, and of a policy
 SHOWN = 7  # events that the table before and after is made of
 
 

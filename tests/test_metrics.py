@@ -376,34 +376,3 @@ def test_an_events_floor_does_not_depend_on_the_other_events(society):
     rows, domains = society
     alone = evaluate([row for row in rows if row["event"] == "e3"], domains)
     assert evaluate(rows, domains)["by_domain"]["health"]["floor"] == alone["floor"]["mean"]
-
-
-# ---- resampling and interventions
-
-
-def test_paired_bootstrap_finds_a_shift_under_common_noise():
-    """What both sides share cancels: the interval is that of the differences, over the events both have."""
-    rng = np.random.default_rng(0)
-    common = {f"e{k}": value for k, value in enumerate(rng.normal(0, 10, 50))}
-    a = {event: value + 0.5 + noise for (event, value), noise in zip(common.items(), rng.normal(0, 0.1, 50))}
-    result = metrics.paired_bootstrap({**a, "alone": 99.0}, common)
-    assert result["events"] == 50 and result["difference"] == pytest.approx(0.5, abs=0.05)
-    assert result["ci95"][0] < result["difference"] < result["ci95"][1]
-    assert 0.035 < result["ci95"][1] - result["ci95"][0] < 0.08  # 2 * 1.96 * 0.1 / sqrt(50) = 0.055
-    assert metrics.paired_bootstrap(a, common) == metrics.paired_bootstrap(a, common)
-    assert metrics.paired_bootstrap({"e0": 1.0}, common)["ci95"] is None
-    with pytest.raises(ValueError):
-        metrics.paired_bootstrap({}, common)
-
-
-def test_share_changes_are_differences_of_shares_that_worlds_weigh_alike():
-    """Each world's difference counts once, whatever its length; where nothing changed every difference is zero."""
-    actions = (["support"] * 30, ["support"] * 15 + ["oppose"] * 15, ["oppose"] * 10)
-    all_for, half, against = (metrics.encode(map(full, labels)) for labels in actions)
-    changes = metrics.share_changes([("state", all_for, half), ("recent", half, half)])
-    assert changes["state"]["stance"] == {"oppose": -0.5, "neutral": 0, "support": 0.5}
-    assert set(changes["state"]) == set(DIMENSIONS)
-    assert all(value == 0 for shares in changes["recent"].values() for value in shares.values())
-    both = metrics.share_changes([("state", all_for, half), ("state", against, against)])
-    assert both["state"]["stance"] == {"oppose": -0.25, "neutral": 0, "support": 0.25}
-    assert metrics.share_changes([]) == {}

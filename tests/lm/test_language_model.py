@@ -1,13 +1,10 @@
 """generate and log_prob against transformers and against slow, plain implementations of their definitions."""
 
-import json
-import math
 import os
 import re
 
 import numpy as np
 import pytest
-import tokenizers as tk
 import torch
 import transformers
 from hypothesis import given, settings
@@ -18,19 +15,7 @@ from mfllm_ref.errors import InputError
 from mfllm_ref.lm import LanguageModel, language_model, worlds
 
 VOCAB, END = 320, 2
-SIZES = {
-    "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 96,
-    "bos_token_id": None, "eos_token_id": END, "pad_token_id": 0,
-}  # fmt: skip
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-          "original_max_position_embeddings": 32, "rope_theta": 10000.0}  # fmt: skip
-FAMILIES = {
-    "qwen2": lambda: transformers.Qwen2Config(**SIZES),
-    "qwen3": lambda: transformers.Qwen3Config(**SIZES, head_dim=12, tie_word_embeddings=True),
-    "llama": lambda: transformers.LlamaConfig(**SIZES, rope_parameters=LLAMA3),
-    "mistral": lambda: transformers.MistralConfig(**SIZES, sliding_window=6),
-}
+FAMILIES = ("qwen2", "qwen3", "llama", "mistral")  # the models of conftest.py
 WORDS = "the 谣言 rumor is 转发 true , false ! 今天天气真好 who knows".split()
 
 
@@ -44,35 +29,6 @@ def prompts_of(worlds, each, seed=0):
     shared = [some(int(rng.integers(0, 9))) for _ in range(worlds)]
     prompts = [f"{shared[w]} {some(int(rng.integers(1, 6)))}" for w in range(worlds) for _ in range(each)]
     return prompts, [w for w in range(worlds) for _ in range(each)]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A folder per family: random weights saved by transformers, a byte-level tokenizer smaller than the vocabulary."""
-    tokenizer = tk.Tokenizer(tk.models.BPE())
-    tokenizer.pre_tokenizer = tk.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tk.decoders.ByteLevel()
-    alphabet, special = tk.pre_tokenizers.ByteLevel.alphabet(), ["<pad>", "<s>", "</s>"]
-    trainer = tk.trainers.BpeTrainer(
-        vocab_size=300, initial_alphabet=alphabet, special_tokens=special, show_progress=False
-    )
-    tokenizer.train_from_iterator([" ".join(WORDS)] * 3, trainer)
-    made = {}
-    for number, (name, config) in enumerate(FAMILIES.items()):
-        torch.manual_seed(number)
-        model = transformers.AutoModelForCausalLM.from_config(config()).double().eval()
-        for weight in model.parameters():
-            if weight.dim() > 1:
-                torch.nn.init.normal_(weight, std=0.25)
-        made[name] = tmp_path_factory.mktemp(name)
-        model.save_pretrained(made[name])
-        tokenizer.save(str(made[name] / "tokenizer.json"))
-    return made
-
-
-@pytest.fixture(scope="module")
-def lm(folder):
-    return LanguageModel.load(folder["qwen2"], dtype=torch.float64)
 
 
 def both(folder, family):
@@ -345,76 +301,3 @@ def test_an_adapter_goes_to_disk_and_back(lm, tmp_path):
         with torch.no_grad(), lm.adapter(name):
             scores.append(lm.log_prob(["the rumor"], [" is true"]).item())
     assert scores[0] == scores[1] != scores[2]
-
-
-def test_bos_comes_first_where_the_tokenizer_puts_it(folder, tmp_path):
-    for file in folder["llama"].iterdir():
-        (tmp_path / file.name).symlink_to(file)
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "add_bos_token": True}))
-    lm, bare = (LanguageModel.load(path, dtype=torch.float64) for path in (tmp_path, folder["llama"]))
-    ids = [1, *lm.tokenizer.encode("the rumor")]
-    assert 1 not in lm.tokenizer.encode("the rumor")
-    for continuation in ("!", " is true"):
-        assert lm.log_prob(["the rumor"], [continuation]) == bare.log_prob([ids], [continuation])
-    assert lm.generate(["the rumor", ""], 6) == bare.generate([ids, [1]], 6)
-
-
-def test_positions_run_out(lm):
-    """A prompt may fill all positions, and gives one token then; one token more is refused."""
-    limit = SIZES["max_position_embeddings"]
-    full = [5 + i % 200 for i in range(limit)]
-    long = lm.generate([full, full[:-3]], max_new_tokens=9, temperature=0)
-    assert long == [lm.generate([full], 1, 0)[0], lm.generate([full[:-3]], 4, 0)[0]]
-    with pytest.raises(InputError, match="prompt 1 has 97 tokens"):
-        lm.generate([[5], full + [5]])
-    with pytest.raises(InputError, match="prompt 0 has 98 tokens"):
-        lm.log_prob([full], [[5, 6]])
-
-
-def test_no_nan_leaves_silently(folder):
-    """A weight that became NaN: sampling and scoring both say so, whatever row it concerns."""
-    lm = LanguageModel.load(folder["llama"])
-    lm.backbone.model.norm.weight.data[0] = math.nan
-    with pytest.raises(FloatingPointError):
-        lm.generate(["a", "b"], 2)
-    with pytest.raises(FloatingPointError):
-        lm.log_prob(["a", "b"], ["c", ""])
-
-
-def test_nothing_to_do(lm):
-    assert lm.generate([]) == [] and lm.generate(["a", "b"], max_new_tokens=0) == ["", ""]
-    assert lm.log_prob([], []).shape == (0,)
-    assert lm.log_prob(["a"], [""]).tolist() == [0.0]
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"max_new_tokens": -1}, {"temperature": -0.1}, {"temperature": math.nan}, {"top_k": -1}, {"top_p": 0.0},
-        {"top_p": 1.1}, {"repetition_penalty": 0.0}, {"stop": [""]}, {"seeds": [1, 2]}, {"worlds": [1, 2]},
-        {"adapters": [None, None]}, {"adapters": ["nowhere"]},
-    ],
-)  # fmt: skip
-def test_bad_options_are_refused(lm, options):
-    with pytest.raises(InputError):
-        lm.generate(["a"], **options)
-
-
-@pytest.mark.parametrize("prompt", ["", [], [VOCAB], [-1], [0.5], "\ud800", None])
-def test_bad_prompts_are_refused(lm, prompt):
-    with pytest.raises(InputError) as error:
-        lm.generate([prompt])
-    assert "\n" not in str(error.value)
-    with pytest.raises(InputError):
-        lm.log_prob(["a", "b"], ["c"])
-
-
-def test_half_precision_runs(folder):
-    for dtype in (torch.bfloat16, torch.float16):
-        lm = LanguageModel.load(folder["llama"], dtype=dtype)
-        prompts, worlds_ = prompts_of(2, 2)
-        assert len(lm.generate(prompts, 4, worlds=worlds_)) == 4
-        exact = LanguageModel.load(folder["llama"]).log_prob(prompts, ["a"] * 4, worlds_)
-        score = lm.log_prob(prompts, ["a"] * 4, worlds_)
-        assert score.dtype == torch.float32
-        torch.testing.assert_close(score, exact, rtol=0.2, atol=0.5)

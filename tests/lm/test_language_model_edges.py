@@ -1,0 +1,83 @@
+"""The language model where something runs out, is missing, or is not a number."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from mfllm_ref.errors import InputError
+from mfllm_ref.lm import LanguageModel
+
+
+def test_bos_comes_first_where_the_tokenizer_puts_it(folder, tmp_path):
+    for file in folder["llama"].iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "add_bos_token": True}))
+    lm, bare = (LanguageModel.load(path, dtype=torch.float64) for path in (tmp_path, folder["llama"]))
+    ids = [1, *lm.tokenizer.encode("the rumor")]
+    assert 1 not in lm.tokenizer.encode("the rumor")
+    for continuation in ("!", " is true"):
+        assert lm.log_prob(["the rumor"], [continuation]) == bare.log_prob([ids], [continuation])
+    assert lm.generate(["the rumor", ""], 6) == bare.generate([ids, [1]], 6)
+
+
+def test_positions_run_out(lm):
+    """A prompt may fill all positions, and gives one token then; one token more is refused."""
+    limit = lm.backbone.config.max_positions
+    full = [5 + i % 200 for i in range(limit)]
+    long = lm.generate([full, full[:-3]], max_new_tokens=9, temperature=0)
+    assert long == [lm.generate([full], 1, 0)[0], lm.generate([full[:-3]], 4, 0)[0]]
+    with pytest.raises(InputError, match="prompt 1 has 97 tokens"):
+        lm.generate([[5], full + [5]])
+    with pytest.raises(InputError, match="prompt 0 has 98 tokens"):
+        lm.log_prob([full], [[5, 6]])
+
+
+def test_no_nan_leaves_silently(folder):
+    """A weight that became NaN: sampling and scoring both say so, whatever row it concerns."""
+    lm = LanguageModel.load(folder["llama"])
+    lm.backbone.model.norm.weight.data[0] = math.nan
+    with pytest.raises(FloatingPointError):
+        lm.generate(["a", "b"], 2)
+    with pytest.raises(FloatingPointError):
+        lm.log_prob(["a", "b"], ["c", ""])
+
+
+def test_nothing_to_do(lm):
+    assert lm.generate([]) == [] and lm.generate(["a", "b"], max_new_tokens=0) == ["", ""]
+    assert lm.log_prob([], []).shape == (0,)
+    assert lm.log_prob(["a"], [""]).tolist() == [0.0]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_new_tokens": -1}, {"temperature": -0.1}, {"temperature": math.nan}, {"top_k": -1}, {"top_p": 0.0},
+        {"top_p": 1.1}, {"repetition_penalty": 0.0}, {"stop": [""]}, {"seeds": [1, 2]}, {"worlds": [1, 2]},
+        {"adapters": [None, None]}, {"adapters": ["nowhere"]},
+    ],
+)  # fmt: skip
+def test_bad_options_are_refused(lm, options):
+    with pytest.raises(InputError):
+        lm.generate(["a"], **options)
+
+
+@pytest.mark.parametrize("prompt", ["", [], [320], [-1], [0.5], "\ud800", None])
+def test_bad_prompts_are_refused(lm, prompt):
+    with pytest.raises(InputError) as error:
+        lm.generate([prompt])
+    assert "\n" not in str(error.value)
+    with pytest.raises(InputError):
+        lm.log_prob(["a", "b"], ["c"])
+
+
+def test_half_precision_runs(folder):
+    for dtype in (torch.bfloat16, torch.float16):
+        lm = LanguageModel.load(folder["llama"], dtype=dtype)
+        prompts, worlds_ = ["the rumor", "the 谣言", "who knows", "who !"], [0, 0, 1, 1]
+        assert len(lm.generate(prompts, 4, worlds=worlds_)) == 4
+        exact = LanguageModel.load(folder["llama"]).log_prob(prompts, ["a"] * 4, worlds_)
+        score = lm.log_prob(prompts, ["a"] * 4, worlds_)
+        assert score.dtype == torch.float32
+        torch.testing.assert_close(score, exact, rtol=0.2, atol=0.5)
