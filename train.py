@@ -72,7 +72,7 @@ def parser() -> doors.Parser:
     return out
 
 
-def pretraining(args: argparse.Namespace, out: Path, common: dict) -> None:
+def pretraining(args: argparse.Namespace, data: Path | None, out: Path, common: dict) -> None:
     from mfllm_ref import pretrain, report, runs
     from mfllm_ref.society.readers import load_events
 
@@ -85,7 +85,6 @@ def pretraining(args: argparse.Namespace, out: Path, common: dict) -> None:
         raise doors.InputError(f"--lr {args.lr}: must lie between 0 and 1")
     device, _ = doors.device_and_dtype(args)
     settings["device"] = device.type
-    data = args.data / args.split if args.data and args.split else args.data
     events = load_events(data) if data else None
     record = {"settings": settings, **runs.provenance({"data": data} if data else {})}
     with runs.open_run(out, record, args.resume) as run:
@@ -101,7 +100,7 @@ def pretraining(args: argparse.Namespace, out: Path, common: dict) -> None:
         print("  " + "  ".join(f"{dimension} {slope:.2f}" for dimension, slope in result["response"].items()))
 
 
-def tuning(args: argparse.Namespace, out: Path, common: dict) -> None:
+def tuning(args: argparse.Namespace, data: Path | None, out: Path, common: dict) -> None:
     from mfllm_ref import ib_tune, report, runs, simulation, tuning
     from mfllm_ref.lm import LanguageModel
     from mfllm_ref.society import rollout
@@ -119,7 +118,6 @@ def tuning(args: argparse.Namespace, out: Path, common: dict) -> None:
     todo = tuning.jobs(args.stage, args.method.split(",") if args.method else None, steps, args.beta)
     device, dtype = doors.device_and_dtype(args)
     backbone = args.backbone or CHECKPOINTS / "tiny"
-    data = args.data / args.split if args.data and args.split else args.data
     events, annotate = load_events(data) if data else None, RuleAnnotator()
     tuned, dev = tuning.choose_events(events, args.leave_out, tuning.pretrained_here(backbone), args.batch, annotate)
 
@@ -187,7 +185,8 @@ def main() -> None:
         "command": "train.py", "stage": args.stage, "data": str(args.data) if args.data else None, "batch": args.batch,
         "seed": args.seed, "threads": doors.threads(args),
     }  # fmt: skip
-    (pretraining if args.stage == "pretrain" else tuning)(args, out, common)
+    data = args.data / args.split if args.data and args.split else args.data
+    (pretraining if args.stage == "pretrain" else tuning)(args, data, out, common)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 Triton runs in tests."""
 
 import os
+import sys
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ if not torch.cuda.is_available():
 
     del os.environ["TRITON_INTERPRET"]
 
-from mfllm_ref import pretrain
+import train
+from mfllm_ref import doors, pretrain
 from mfllm_ref.lm import LanguageModel
 from mfllm_ref.lm.backbone import Backbone
 from mfllm_ref.lm.checkpoint import save_backbone
@@ -59,3 +61,18 @@ def triton_device(monkeypatch):
 def path(request):
     """A device for each of a dispatcher's two paths."""
     return "cpu" if request.param == "pytorch" else request.getfixturevalue("triton_device")
+
+
+@pytest.fixture
+def door(monkeypatch, capsys):
+    """Runs train.py with these arguments, in this process: (exit code, stdout, stderr)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
+        capsys.readouterr()
+        code = doors.run_door("train.py", train.main)
+        return code, *capsys.readouterr()
+
+    threads = torch.get_num_threads()
+    yield run
+    torch.set_num_threads(threads)

@@ -1,5 +1,4 @@
 import json
-import sys
 import threading
 
 import numpy as np
@@ -10,7 +9,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import train
-from mfllm_ref import doors, pretrain, training
+from mfllm_ref import pretrain, training
 from mfllm_ref.lm import LanguageModel
 from mfllm_ref.lm.backbone import Backbone
 from mfllm_ref.society import agora
@@ -132,21 +131,6 @@ def small_data(tmp_path_factory):
     return path
 
 
-@pytest.fixture
-def door(monkeypatch, capsys):
-    """Runs train.py with these arguments, in this process: (exit code, stderr)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
-        capsys.readouterr()
-        code = doors.run_door("train.py", train.main)
-        return code, capsys.readouterr().err
-
-    threads = torch.get_num_threads()
-    yield run
-    torch.set_num_threads(threads)
-
-
 def test_a_pretrained_folder_loads_in_transformers_and_a_killed_run_resumes_to_the_same_bytes(
     small_data, tmp_path, monkeypatch, door
 ):
@@ -176,7 +160,7 @@ def test_a_pretrained_folder_loads_in_transformers_and_a_killed_run_resumes_to_t
         patch.setattr(training, "write_bytes", interrupted)
         assert door(*options, "--out", tmp_path / "cut")[0] == 130
     assert not (tmp_path / "cut" / "model.safetensors").exists()
-    code, said = door(*options, "--seed", 1, "--out", tmp_path / "cut", "--resume")
+    code, _, said = door(*options, "--seed", 1, "--out", tmp_path / "cut", "--resume")
     assert code == 2 and "seed" in said
     assert door(*options, "--out", tmp_path / "cut", "--resume")[0] == 0
     for name in ("model.safetensors", "tokenizer.json", "config.json"):
@@ -188,6 +172,6 @@ def test_a_pretrained_folder_loads_in_transformers_and_a_killed_run_resumes_to_t
     (["--data", "nowhere"], "nowhere"), (["--lr", "7"], "--lr 7"), (["--steps", "0"], "--steps"), (["--stage", "x"], "--stage"),
 ])  # fmt: skip
 def test_bad_options_are_one_line(tmp_path, arguments, said, door):
-    code, errors = door(*arguments, "--out", tmp_path / "out")
+    code, _, errors = door(*arguments, "--out", tmp_path / "out")
     assert code == 2 and said in errors and len(errors.splitlines()) == 1
     assert not (tmp_path / "out").exists()

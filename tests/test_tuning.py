@@ -1,11 +1,10 @@
 import json
-import sys
 
 import pytest
 import torch
 
 import train
-from mfllm_ref import doors, ib_tune, tuning
+from mfllm_ref import ib_tune, tuning
 from mfllm_ref.errors import InputError
 from mfllm_ref.lm import LanguageModel
 from mfllm_ref.runs import TIME_FIELDS
@@ -15,21 +14,6 @@ from mfllm_ref.society.readers import write_events
 from mfllm_ref.society.response import LEVELS, WATCHED, slope, true_response
 
 ANNOTATE = RuleAnnotator()
-
-
-@pytest.fixture
-def door(monkeypatch, capsys):
-    """Runs train.py with these arguments, in this process: (exit code, stdout, stderr)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
-        capsys.readouterr()
-        code = doors.run_door("train.py", train.main)
-        return code, *capsys.readouterr()
-
-    threads = torch.get_num_threads()
-    yield run
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
