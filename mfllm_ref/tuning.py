@@ -252,7 +252,7 @@ def responses(lm: LanguageModel, dev: Sequence[Past], annotate: Annotator, polic
     some = dev[:SHOWN]
     out = {key: response_curves(lm, some, annotate, adapter=name) for key, name in (("before", None), ("after", policy))}
     if known:
-        out["truth"] = true_response([past.event for past in some], 5 * some[0].batch)
+        out["truth"] = true_response(some)
     return out
 
 

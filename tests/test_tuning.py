@@ -11,7 +11,6 @@ from mfllm_ref.runs import TIME_FIELDS
 from mfllm_ref.society import agora
 from mfllm_ref.society.annotate import RuleAnnotator
 from mfllm_ref.society.readers import write_events
-from mfllm_ref.society.response import LEVELS, WATCHED, slope, true_response
 
 ANNOTATE = RuleAnnotator()
 
@@ -61,14 +60,6 @@ def test_events_that_select_are_not_tuned_on(data):
             tuning.choose_events(few, [], False, 10, ANNOTATE)
     with pytest.raises(InputError, match="--leave-out nobody"):
         tuning.choose_events(events, ["nobody"], False, 10, ANNOTATE)
-
-
-def test_agoras_true_response_follows_stances_and_nothing_else():
-    curves = true_response([agora.event("dev", index) for index in range(4)], 50)
-    assert set(curves) == set(WATCHED) and all(len(curve) == len(LEVELS) for curve in curves.values())
-    assert slope(curves["stance"]) > 0.3 and all(a <= b for a, b in zip(curves["stance"], curves["stance"][1:]))
-    for dimension in set(WATCHED) - {"stance"}:
-        assert len(set(curves[dimension])) == 1
 
 
 OPTIONS = ("--steps", 4, "--rows", 2, "--micro", 1, "--samples", 2, "--save-every", 2, "--threads", 1, "--rank", 2, "--summary-tokens", 8)

@@ -11,12 +11,11 @@ import numpy as np
 from mfllm_ref.lm import LanguageModel
 from mfllm_ref.society import agora
 from mfllm_ref.society.agora import UPDATE
-from mfllm_ref.society.agora_text import STANCES
 from mfllm_ref.society.corpus import Past
-from mfllm_ref.society.events import DIMENSIONS, Event, hashed
+from mfllm_ref.society.events import DIMENSIONS, hashed
 from mfllm_ref.society.prompts import Signal
 from mfllm_ref.society.rollout import Annotator
-from mfllm_ref.society.signals import History, Shares, verbalise
+from mfllm_ref.society.signals import Shares, verbalise
 
 LEVELS = (0.05, 0.2, 0.4, 0.6, 0.8, 0.95)
 WATCHED = {
@@ -25,12 +24,23 @@ WATCHED = {
 }  # fmt: skip
 
 
-def said(population: Shares, dimension: str, label: str, level: float) -> Shares:
-    """`population` with the share of `label` set to `level`, its dimension's other labels keeping their proportions."""
-    k = DIMENSIONS[dimension].index(label)
-    rest = np.delete(population[dimension], k)
-    rest = rest / rest.sum() if rest.sum() > 0 else np.full(len(rest), 1 / len(rest))
-    return {**population, dimension: np.insert((1 - level) * rest, k, level)}
+def moved(past: Past, dimension: str, level: float) -> Shares:
+    """The event's population, its actions weighted so that a share `level` of them carries the dimension's WATCHED label.
+
+    All dimensions move along, as they would in a real population: angry posts oppose. Told of one dimension alone, with the
+    words for the others left as they were, a policy that reads them all would look deaf. Where the event has no such action,
+    or no other, only that dimension's words change, its other labels keeping their proportions.
+    """
+    label = DIMENSIONS[dimension].index(WATCHED[dimension])
+    chosen = past.codes[dimension] == label
+    mixed = chosen.any() and not chosen.all()
+    weights = np.where(chosen, level / max(chosen.sum(), 1), (1 - level) / max((~chosen).sum(), 1)) if mixed else None
+    shares = {d: np.bincount(codes, weights, len(DIMENSIONS[d])) for d, codes in past.codes.items()}
+    if not mixed:
+        rest = np.delete(shares[dimension], label)
+        rest = rest / rest.sum() if rest.sum() > 0 else np.full(len(rest), 1 / len(rest))
+        shares[dimension] = np.insert((1 - level) * rest, label, level)
+    return shares
 
 
 def response_curves(
@@ -39,20 +49,17 @@ def response_curves(
 ) -> dict[str, list[float]]:  # fmt: skip
     """Per dimension, the share of simulated actions that carry its WATCHED label when the signal states each of LEVELS.
 
-    The topic, the posts and the other dimensions are those of `pasts` at `step`; `agents` of each event act at each level.
+    The topic and the posts are those of `pasts` at `step`, the population is `moved`; `agents` of each event act at each level.
     """
     told, seeds, keys = [], [], []
     for past in pasts:
-        event, history = past.event, History(past.batch)
-        for earlier in range(step):
-            history.update(past.actions(earlier))
-        for dimension, label in WATCHED.items():
+        for dimension in WATCHED:
             for level in LEVELS:
-                words = verbalise(said(history.population(), dimension, label, level), event.language)
+                words = verbalise(moved(past, dimension, level), past.event.language)
                 document = past.told(step, Signal("population", (words,)), agents)
                 told += [document.prefix + private for private, _ in document.branches]
-                seeds += [hashed("response", event.id, dimension, level, seen.id) for seen in past.actions(step, agents)]
-                keys += [(event.id, dimension, level)] * len(document.branches)
+                seeds += [hashed("response", past.event.id, dimension, level, seen.id) for seen in past.actions(step, agents)]
+                keys += [(past.event.id, dimension, level)] * len(document.branches)
     with lm.adapter(adapter):
         written = lm.generate(told, action_tokens, seeds=seeds, stop=("\n",), worlds=keys)
     acted = annotate([text.strip() for text in written], pasts[0].event.language)
@@ -62,30 +69,21 @@ def response_curves(
     return {d: [float(np.mean(followed[d, level])) for level in LEVELS] for d in WATCHED}
 
 
-def true_response(events: Sequence[Event], start: int, draws: int = 20) -> dict[str, list[float]]:
+def true_response(pasts: Sequence[Past], step: int = 5, draws: int = 4) -> dict[str, list[float]]:
     """The response of agora's own process, in the shape of `response_curves`: the expected share of each WATCHED label
-    among the ten agents from `start` on, if the population's shares were moved to each of LEVELS.
-
-    Its agents react to the shares of stances alone: with these where they are, what is said of another dimension changes
-    nothing. Raises InputError for events that are not agora's.
+    among the ten agents from `step` on, if the population were `moved` to each of LEVELS. Its agents react to the stances
+    in it, and to nothing else. Raises InputError for events that are not agora's.
     """
     shares: dict[str, np.ndarray] = {d: np.zeros(len(LEVELS)) for d in WATCHED}
-    for event in events:
-        here = agora.world_of(event)
-        stances = [STANCES.index(action.labels["stance"]) for action in event.actions[:start]]
-        opinion, pending = agora.listen(here, here.first_opinion, stances)
-        opinion = agora.absorb(opinion, pending, here.half_life)
-        noise = agora.generator(event.id, "response").random((draws * UPDATE, agora.NOISE))
-        for at, level in enumerate(LEVELS):
-            moved = said({"stance": opinion}, "stance", WATCHED["stance"], level)["stance"]  # agora's order is ours
-            for told, dimensions in ((moved, ("stance",)), (opinion, tuple(set(WATCHED) - {"stance"}))):
-                labels = [
-                    action.labels
-                    for draw in np.split(noise, draws)
-                    for action in agora.proceed(here, start, told, (), draw, start + UPDATE)
-                ]
-                for d in dimensions:
-                    shares[d][at] += np.mean([row[d] == WATCHED[d] for row in labels]) / len(events)
+    for past in pasts:
+        here, start = agora.world_of(past.event), step * past.batch
+        noise = agora.generator(past.event.id, "response").random((draws, UPDATE, agora.NOISE))
+        for dimension, label in WATCHED.items():
+            for at, level in enumerate(LEVELS):
+                opinion = moved(past, dimension, level)["stance"]
+                opinion = opinion / opinion.sum()  # agora's order of stances is that of DIMENSIONS
+                acted = [a for draw in noise for a in agora.proceed(here, start, opinion, (), draw, start + UPDATE)]
+                shares[dimension][at] += np.mean([a.labels[dimension] == label for a in acted]) / len(pasts)
     return {d: values.tolist() for d, values in shares.items()}
 
 
