@@ -142,10 +142,11 @@ def tuning(args: argparse.Namespace, data: Path | None, out: Path, common: dict)
     if data is None:
         record["sha256"]["data"] = simulation.digest([past.event for past in (*tuned, *dev)])
     record["settings"] = {
-        **common, "split": args.split, "leave_out": args.leave_out, "jobs": [dataclasses.asdict(job) for job in todo],
-        **dataclasses.asdict(settings), "beta": args.beta, "rank": args.rank, "device": device.type,
+        **common, "split": args.split, "leave_out": args.leave_out, "method": args.method,
+        **dataclasses.asdict(settings), "steps": steps, "beta": args.beta, "rank": args.rank, "device": device.type,
         "dtype": str(dtype).removeprefix("torch."), "save_every": args.save_every or 20,
     }  # fmt: skip
+    record["jobs"] = [dataclasses.asdict(job) for job in todo]
     with runs.open_run(out, record, args.resume) as run:
         if run.finished:
             print(f"{out} is finished: see {out / 'loss.png'}")

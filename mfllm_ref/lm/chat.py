@@ -5,16 +5,22 @@ places in what it wrote. The stand-in keeps the content's own leading and traili
 an empty content is empty) but none of its inner features: a template that looks for "</think>" in a content finds none.
 """
 
+import atexit
 import json
 import re
 import secrets
+import subprocess
+import sys
+import threading
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from mfllm_ref.errors import InputError
 from mfllm_ref.lm.checkpoint import read_json
+
+PATIENCE = 10  # seconds that a template may run: those of real checkpoints take milliseconds
+_worker: subprocess.Popen | None = None  # the process that renders, from the first chat on
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -26,7 +32,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 class ChatTemplate:
-    """A jinja2 template, run in its sandbox with the settings and functions that transformers gives it."""
+    """A jinja2 template, run in its sandbox and in a process of its own (see chat_worker.py)."""
 
     def __init__(self, source: str, where: Path) -> None:
         self.source, self.where = source, where
@@ -64,22 +70,29 @@ class ChatTemplate:
         return parts
 
     def _run(self, variables: Mapping[str, Any]) -> str:
-        import jinja2  # here: most runs have no chat, and start sooner without
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-        def refuse(message: str) -> None:
-            raise jinja2.TemplateError(message)
-
-        def to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:  # jinja2's own escapes HTML
-            return json.dumps(value, ensure_ascii=ensure_ascii, **options)
-
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.filters["tojson"] = to_json
-        environment.globals["raise_exception"] = refuse
-        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        global _worker
+        if _worker is None or _worker.poll() is not None:
+            script = Path(__file__).with_name("chat_worker.py")
+            _worker = subprocess.Popen([sys.executable, "-P", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        late = threading.Timer(PATIENCE, _worker.kill)
+        late.start()
         try:
-            return environment.from_string(self.source).render(**variables)
-        except Exception as error:  # the template is a program of the checkpoint's: it may fail in any way
-            raise InputError(f"{self.where}: the chat template failed: {error or type(error).__name__}") from None
+            _worker.stdin.write(json.dumps([self.source, variables]).encode() + b"\n")
+            _worker.stdin.flush()
+            answer = json.loads(_worker.stdout.readline())
+        except (OSError, ValueError):  # it ended without an answer
+            _stop()
+            answer = {"error": f"it ran for over {PATIENCE} s, or out of memory"}
+        finally:
+            late.cancel()
+        if "error" in answer:
+            raise InputError(f"{self.where}: the chat template failed: {answer['error']}")
+        return answer["text"]
+
+
+@atexit.register
+def _stop() -> None:
+    """End the process that renders."""
+    if _worker is not None:
+        _worker.kill()
+        _worker.communicate()

@@ -18,7 +18,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from mfllm_ref.errors import InputError
-from mfllm_ref.lm import LanguageModel
+from mfllm_ref.lm import LanguageModel, chat
 from mfllm_ref.society.annotate import RuleAnnotator
 from mfllm_ref.society.events import Action, Agent, Event, PublicPost
 from mfllm_ref.society.prompts import WORDING
@@ -182,3 +182,21 @@ def test_a_checkpoint_folder_is_data_never_code(found, tmp_path):
     with pytest.raises(InputError, match="model.safetensors"):
         LanguageModel.load(folder)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{% set ns = namespace(x='aaaaaaaa') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
+        "{{ 'a' * 10000000000 }}",
+    ],
+)
+def test_a_chat_template_neither_hangs_nor_fills_the_memory(attack, tmp_path, monkeypatch):
+    """Whatever a template computes, the chat is refused in time, and the next template is rendered."""
+    monkeypatch.setattr(chat, "PATIENCE", 1)
+    variables = {"bos_token": "<s>"}
+    with pytest.raises(InputError, match="the chat template failed"):
+        chat.ChatTemplate(attack, tmp_path).render([{"role": "user", "content": "x"}], variables)
+    fine = chat.ChatTemplate("{{ bos_token }}{{ messages[0].content }}", tmp_path)
+    assert fine.render([{"role": "user", "content": "x"}], variables) == ["<s>", "x", ""]
