@@ -11,7 +11,9 @@ bound by these bytes, so n agents gain up to n times.
 
 Notable in the fast path:
 - Agents are laid out as [worlds, agents a world], so the scores on all prefixes are one batched matrix product.
-- Scores on prefix and suffix are laid side by side, for one softmax over both.
+- In float32 on a CPU each side is one call of PyTorch's flash kernel, which keeps its scores in cache, and the two are joined by
+  their log-sum-exps. Elsewhere, and where gradients pass, scores on prefix and suffix are laid side by side for one softmax:
+  in bfloat16 that is up to 5x faster on a CPU than its flash kernel.
 - Unused slots may hold anything. Masked scores have probability exactly 0, so an unused value does harm only if it is
   not finite (0 * NaN): then, and only then, the result is computed again from cleaned copies.
 - What depends on lengths alone is a `Plan`; a model with many layers makes it once and passes it to each of them.
@@ -27,7 +29,8 @@ from torch import Tensor
 
 from kernels.dispatch import runs_triton
 
-CELLS = 2**19  # scores held at once by the fast path (they should fit in cache), unless a single agent has more
+CELLS = 2**19  # scores held at once by the path that holds them (they should fit in cache), unless a single agent has more
+UNBOUNDED = 2**62  # and by the one that does not
 
 
 def agent_attention_reference(
@@ -105,6 +108,7 @@ class Plan:
         self.row = own[:, None] - q_len + np.arange(q_len)  # suffix position of each query row
         self.counts = np.bincount(of, minlength=len(prefix))
         self._blocks: dict[tuple[int, int], Tensor] = {}
+        self._pieces: dict[int, list[Piece]] = {}
 
     @cached_property
     def padding(self) -> Tensor | None:
@@ -120,13 +124,18 @@ class Plan:
             hidden |= key <= last - self.window
         return self._mask(hidden[:, None, None])
 
-    @cached_property
-    def pieces(self) -> list[Piece]:
+    def pieces(self, cells: int) -> list[Piece]:
+        """How to go through worlds and agents with at most `cells` scores at once."""
+        if cells not in self._pieces:
+            self._pieces[cells] = self._cut(cells)
+        return self._pieces[cells]
+
+    def _cut(self, cells: int) -> list[Piece]:
         (_, heads, q_len), first = self.shape, None
         if self.window is not None:  # the first key of the prefix that each row sees
             first = np.maximum(self.prefix[self.of][:, None] + self.row - self.window + 1, 0)
         ends = np.cumsum(self.counts)
-        runs = _runs(self.counts, self.prefix, heads * q_len, self.suffix_max)
+        runs = _runs(self.counts, self.prefix, heads * q_len, self.suffix_max, cells)
         return [self._piece(run, self.counts, ends, self.prefix, first) for run in runs]
 
     @cached_property
@@ -175,20 +184,20 @@ class Plan:
         return Piece(slice(int(begin), int(end)), slice(start, stop), width, longest, slots, back, self._mask(hidden))
 
 
-def _runs(counts: np.ndarray, prefix: np.ndarray, rows: int, suffix: int) -> list[tuple[int, int, int, int]]:
+def _runs(counts: np.ndarray, prefix: np.ndarray, rows: int, suffix: int, cells: int) -> list[tuple[int, int, int, int]]:
     """Neighbouring worlds to compute together: (first world, last + 1, agents of it to skip, agents to take or 0 for
-    all). A run is cut where its scores would pass CELLS or where over half of its slots would stay empty."""
+    all). A run is cut where its scores would pass `cells` or where over half of its slots would stay empty."""
     runs: list[tuple[int, int, int, int]] = []
     start, worlds = 0, len(counts)
     while start < worlds:
-        limit = max(1, CELLS // max(1, rows * (int(prefix[start]) + suffix)))
+        limit = max(1, cells // max(1, rows * (int(prefix[start]) + suffix)))
         if counts[start] > limit:  # even one world is too much: its agents in turns
             runs += [(start, start + 1, i, int(min(limit, counts[start] - i))) for i in range(0, counts[start], limit)]
             start += 1
             continue
         slots = np.arange(1, worlds - start + 1) * np.maximum.accumulate(counts[start:])
         scores = slots * rows * (np.maximum.accumulate(prefix[start:]) + suffix)
-        fits = (scores <= CELLS) & (slots <= 2 * np.cumsum(counts[start:]))
+        fits = (scores <= cells) & (slots <= 2 * np.cumsum(counts[start:]))
         stop = start + max(1, int(np.argmin(fits)) if not fits.all() else len(fits))
         if counts[start:stop].any():
             runs.append((start, stop, 0, 0))
@@ -234,7 +243,8 @@ def agent_attention(
     tensors = [x.to(compute) for x in inputs]
     differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     if not differentiable:
-        out = _grouped(*tensors, plan)
+        flash = compute == torch.float32 and q.device.type == "cpu" and plan.window is None and bool((plan.prefix > 0).all())
+        out = (_flash if flash else _grouped)(*tensors, plan)
         if math.isfinite(out.sum()):
             return out.to(q.dtype)
     clean = [tensors[0] if plan.padding is None else tensors[0].masked_fill(plan.padding, 0)]
@@ -245,12 +255,12 @@ def agent_attention(
 
 
 def _grouped(q: Tensor, prefix_k: Tensor, prefix_v: Tensor, suffix_k: Tensor, suffix_v: Tensor, plan: Plan) -> Tensor:
-    """The fast path, piece by piece."""
+    """One softmax over both sides, piece by piece: any dtype, differentiable."""
     agents, _, q_len, head_dim = q.shape
     wide = torch.promote_types(q.dtype, torch.float32)
     rows = (q * head_dim**-0.5).reshape(agents, suffix_k.shape[1], -1, head_dim)  # a key head's queries: group * q_len
     done = []
-    for piece in plan.pieces:
+    for piece in plan.pieces(CELLS):
         some, worlds, prefix = piece.agents, piece.worlds, piece.prefix
         own = rows[some] @ suffix_k[some].transpose(2, 3)
         if plan.suffix_mask is not None:
@@ -265,6 +275,29 @@ def _grouped(q: Tensor, prefix_k: Tensor, prefix_v: Tensor, suffix_k: Tensor, su
         shared = shares[..., :prefix] @ prefix_v[worlds, :, :prefix]
         own = _by_agent(shares[..., prefix:], piece) @ suffix_v[some]
         done.append(_by_agent(shared, piece) + own)
+    return _joined(done, q, plan)
+
+
+def _flash(q: Tensor, prefix_k: Tensor, prefix_v: Tensor, suffix_k: Tensor, suffix_v: Tensor, plan: Plan) -> Tensor:
+    """Each side by PyTorch's flash kernel for CPUs; no windows, no empty prefixes (a row that sees nothing has no softmax)."""
+    agents, heads, q_len, head_dim = q.shape
+    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # the one that also returns log-sum-exps
+    rows, done = q.reshape(agents, suffix_k.shape[1], -1, head_dim), []  # a key head's queries: group * q_len
+    for piece in plan.pieces(UNBOUNDED):
+        some, worlds, prefix = piece.agents, piece.worlds, piece.prefix
+        mask = None
+        if plan.suffix_mask is not None:  # [agents, 1, 1, q_len, suffix], for the group's heads one below the other
+            mask = plan.suffix_mask[some].expand(-1, -1, rows.shape[2] // q_len, -1, -1).flatten(2, 3)
+        own, own_sum = attend(rows[some], suffix_k[some], suffix_v[some], attn_mask=mask)
+        mask = None if piece.mask is None else piece.mask[:, :, 0, 0]  # [worlds, 1, 1, prefix]
+        keys, values = prefix_k[worlds, :, :prefix], prefix_v[worlds, :, :prefix]
+        shared, shared_sum = attend(_by_world(rows[some], piece), keys, values, attn_mask=mask)
+        shared, shared_sum = _by_agent(shared, piece), _by_agent(shared_sum[..., None], piece)
+        done.append(own.lerp(shared, torch.sigmoid(shared_sum - own_sum[..., None])))
+    return _joined(done, q, plan)
+
+
+def _joined(done: list[Tensor], q: Tensor, plan: Plan) -> Tensor:
     out = (done[0] if len(done) == 1 else torch.cat(done)).reshape(q.shape)
     return out if plan.padding is None else out.masked_fill(plan.padding, 0)
 
