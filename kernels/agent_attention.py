@@ -282,6 +282,9 @@ def _flash(q: Tensor, prefix_k: Tensor, prefix_v: Tensor, suffix_k: Tensor, suff
     """Each side by PyTorch's flash kernel for CPUs; no windows, no empty prefixes (a row that sees nothing has no softmax)."""
     agents, heads, q_len, head_dim = q.shape
     attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # the one that also returns log-sum-exps
+    # It reads a head's numbers as neighbours, wherever they are.
+    inputs = (q, prefix_k, prefix_v, suffix_k, suffix_v)
+    q, prefix_k, prefix_v, suffix_k, suffix_v = (x if x.stride(-1) == 1 else x.contiguous() for x in inputs)
     rows, done = q.reshape(agents, suffix_k.shape[1], -1, head_dim), []  # a key head's queries: group * q_len
     for piece in plan.pieces(UNBOUNDED):
         some, worlds, prefix = piece.agents, piece.worlds, piece.prefix
@@ -290,8 +293,8 @@ def _flash(q: Tensor, prefix_k: Tensor, prefix_v: Tensor, suffix_k: Tensor, suff
             mask = plan.suffix_mask[some].expand(-1, -1, rows.shape[2] // q_len, -1, -1).flatten(2, 3)
         own, own_sum = attend(rows[some], suffix_k[some], suffix_v[some], attn_mask=mask)
         mask = None if piece.mask is None else piece.mask[:, :, 0, 0]  # [worlds, 1, 1, prefix]
-        keys, values = prefix_k[worlds, :, :prefix], prefix_v[worlds, :, :prefix]
-        shared, shared_sum = attend(_by_world(rows[some], piece), keys, values, attn_mask=mask)
+        known = prefix_k[worlds, :, :prefix], prefix_v[worlds, :, :prefix]
+        shared, shared_sum = attend(_by_world(rows[some], piece), *known, attn_mask=mask)
         shared, shared_sum = _by_agent(shared, piece), _by_agent(shared_sum[..., None], piece)
         done.append(own.lerp(shared, torch.sigmoid(shared_sum - own_sum[..., None])))
     return _joined(done, q, plan)

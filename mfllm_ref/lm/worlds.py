@@ -32,7 +32,8 @@ class World:
 class Prefixes:
     """Per layer, keys and values [worlds, kv_heads, longest, head_dim]; lengths int32 [worlds], on the CPU.
 
-    On a CPU keys lie in memory with head_dim before `longest`: products with a slice of them are then twice as fast."""
+    On a CPU, but in float32, keys lie in memory with head_dim before `longest`: products with a slice of them are then twice
+    as fast."""
 
     k: list[Tensor]
     v: list[Tensor]
@@ -64,7 +65,7 @@ class Prefixes:
 
 def _laid(keys: list[Tensor]) -> list[Tensor]:
     """The same tensors, in memory as `Prefixes` has them."""
-    return [k.transpose(2, 3).contiguous().transpose(2, 3) if k.device.type == "cpu" else k for k in keys]
+    return [k.mT.contiguous().mT if k.device.type == "cpu" and k.dtype != torch.float32 else k for k in keys]
 
 
 class Attention:
