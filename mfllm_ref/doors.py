@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+from mfllm_ref import ranks
 from mfllm_ref.errors import InputError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
@@ -33,7 +34,8 @@ def add_machine(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights; auto: bfloat16 where the "
                         "device multiplies it fast (for training only on a GPU), else float32")  # fmt: skip
     parser.add_argument("--seed", type=natural, default=0, help="of all sampling (default: 0)")
-    parser.add_argument("--threads", type=whole(1, 1024), default=None, help="CPU threads (default: all cores)")
+    parser.add_argument("--threads", type=whole(1, 1024), default=None, help="CPU threads of a process "
+                        "(default: all cores, divided among torchrun's processes)")  # fmt: skip
 
 
 def whole(least: int, most: int) -> Callable[[str], int]:
@@ -55,8 +57,9 @@ def threads(args: argparse.Namespace) -> int:
     import torch
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(args.threads or cores)
-    return args.threads or cores
+    count = args.threads or max(1, cores // ranks.local_size())
+    torch.set_num_threads(count)
+    return count
 
 
 def device_and_dtype(args: argparse.Namespace, training: bool = True) -> tuple["torch.device", "torch.dtype"]:  # noqa: F821
@@ -69,22 +72,31 @@ def device_and_dtype(args: argparse.Namespace, training: bool = True) -> tuple["
     if args.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: this machine has no CUDA device that torch can use")
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        if ranks.local_rank() >= torch.cuda.device_count():
+            raise InputError(f"--nproc-per-node: a process needs a CUDA device of its own, here are {torch.cuda.device_count()}")
+        torch.cuda.set_device(ranks.local_rank())  # what "cuda" means from now on
     fast = device.type != "cpu" or not training and getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
     automatic = torch.bfloat16 if fast else torch.float32
     return device, automatic if args.dtype == "auto" else getattr(torch, args.dtype)
 
 
 def run_door(name: str, main: Callable[[], None]) -> int:
-    """Run a door: exit code 0, 2 with one line on stderr for bad input, 130 on Ctrl-C."""
+    """Run a door: exit code 0, 2 with one line on stderr for bad input, 130 on Ctrl-C. Under torchrun one process prints
+    that line, and the code is 1 where another process has ended without one."""
     try:
-        main()
+        ranks.start()
+        with ranks.one_voice():
+            main()
+        return 0
     except (InputError, OSError) as error:  # the system's own: a path too long, or one it lets nobody look at
-        print(f"{name}: {error}", file=sys.stderr)
-        return 2
+        code, said = 2, str(error)
     except FloatingPointError as error:  # weights that overflow: no NaN goes on into a file
-        print(f"{name}: {error} (damaged weights, or a --dtype too narrow for them)", file=sys.stderr)
-        return 2
+        code, said = 2, f"{error} (damaged weights, or a --dtype too narrow for them)"
     except KeyboardInterrupt:
-        print(f"{name}: interrupted; --resume goes on from what is on disk", file=sys.stderr)
-        return 130
-    return 0
+        code, said = 130, "interrupted; --resume goes on from what is on disk"
+    except ranks.Lost:
+        code, said = 1, "another process of this job has ended; --resume goes on from what is on disk"
+    if ranks.first_to_report():
+        print(f"{name}: {said}", file=sys.stderr)
+    return code

@@ -17,14 +17,16 @@ Notable:
 
 import math
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from mfllm_ref import ranks
 from mfllm_ref.errors import InputError
 from mfllm_ref.lm import LanguageModel
 from mfllm_ref.society import prompts
@@ -230,83 +232,96 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float = 0.1) -> fl
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """What an update learns from and how: `losses` yields (loss in nats a step, its share of the update) part by part,
-    each differentiated before the next is made; `numbers` is filled while it does."""
+    """What an update learns from and how. Each of `parts` makes (loss in nats a step, its share of the update, what it adds
+    to the sums) when it is called, and is differentiated before the next; `numbers` makes log.jsonl's of all sums."""
 
-    losses: Iterator[tuple[Tensor, float]]
-    numbers: dict[str, float]
+    parts: Sequence[Callable[[], tuple[Tensor, float, dict[str, float]]]]
+    numbers: Callable[[Mapping[str, float]], dict[str, float]]
     batch: str  # says which steps of which events, for error messages
+    started: float = field(default_factory=time.perf_counter)
 
 
 def mean_field_update(
     lm: LanguageModel, chains: Chains, settings: Settings, step: int, adapter: str, policy: str | None
 ) -> Update:  # fmt: skip
     """One update of L_mu from the chains where they are; moves them on."""
-    now, pasts = list(chains.chains), chains.pasts
-    numbers: dict[str, float] = {}
+    started, now, pasts = time.perf_counter(), list(chains.chains), chains.pasts
     named = ", ".join(f"{pasts[c.past].event.id} step {c.step}" for c in now)
+    sampled = draw(lm, pasts, now, settings.samples, settings, step, adapter, policy)
+    chains.advance([texts[0] for texts in sampled.texts])
+    penalty = sampled.reward.new_tensor([[repeated(ids) for ids in some] for some in sampled.ids])
+    reward = sampled.reward - settings.repetition_penalty * penalty
 
-    def losses() -> Iterator[tuple[Tensor, float]]:
-        sampled = draw(lm, pasts, now, settings.samples, settings, step, adapter, policy)
-        chains.advance([texts[0] for texts in sampled.texts])
-        penalty = sampled.reward.new_tensor([[repeated(ids) for ids in some] for some in sampled.ids])
-        reward = sampled.reward - settings.repetition_penalty * penalty
-        total = 0.0
-        for start in range(0, len(now), settings.micro):
-            some = slice(start, start + settings.micro)
-            log_prob, kl = information_terms(lm, pasts, now[some], sampled.ids[some], adapter)
-            total += float(kl.detach().sum())
-            yield surrogate(log_prob, kl, reward[some], settings.beta).mean(), len(now[some]) / len(now)
-        numbers["kl"] = total / reward.numel()
-        numbers["reward"] = float(sampled.reward.mean())
-        numbers["loss"] = numbers["kl"] - settings.beta * float(reward.mean())
-        numbers["action_nll"] = -float(sampled.reward.mean(1).sum()) / sampled.tokens
-        numbers["tokens"] = sum(len(ids) for ids in sum(sampled.ids, []))
+    def part(some: slice) -> tuple[Tensor, float, dict[str, float]]:
+        log_prob, kl = information_terms(lm, pasts, now[some], sampled.ids[some], adapter)
+        loss = surrogate(log_prob, kl, reward[some], settings.beta).mean()
+        return loss, len(now[some]) / len(now), {"kl": float(kl.detach().sum())}
 
-    return Update(losses(), numbers, named)
+    def numbers(sums: Mapping[str, float]) -> dict[str, float]:
+        kl = sums["kl"] / reward.numel()
+        return {
+            "kl": kl, "reward": float(sampled.reward.mean()), "loss": kl - settings.beta * float(reward.mean()),
+            "action_nll": -float(sampled.reward.mean(1).sum()) / sampled.tokens,
+            "tokens": sum(len(ids) for ids in sum(sampled.ids, [])),
+        }  # fmt: skip
+
+    return Update([partial(part, some) for some in _micro(len(now), settings)], numbers, named, started)
+
+
+def _micro(rows: int, settings: Settings) -> list[slice]:
+    return [slice(start, start + settings.micro) for start in range(0, rows, settings.micro)]
 
 
 def policy_update(lm: LanguageModel, documents: Sequence[Document], settings: Settings, adapter: str, named: str) -> Update:
     """One update of L_pi (or of supervised fine-tuning, which is the same without a mean field)."""
-    numbers: dict[str, float] = {}
 
-    def losses() -> Iterator[tuple[Tensor, float]]:
-        nats = tokens = 0.0
-        for start in range(0, len(documents), settings.micro):
-            some = documents[start : start + settings.micro]
-            with lm.adapter(adapter):
-                reward, counts = log_likelihood(lm, some)
-                nats, tokens = nats - float(reward.detach().sum()), tokens + float(counts.sum())
-                yield -reward.mean(), len(some) / len(documents)
-        numbers["loss"], numbers["reward"] = nats / len(documents), -nats / len(documents)
-        numbers["action_nll"], numbers["tokens"] = nats / tokens, tokens
+    def part(some: slice) -> tuple[Tensor, float, dict[str, float]]:
+        with lm.adapter(adapter):
+            reward, counts = log_likelihood(lm, documents[some])
+        sums = {"nats": -float(reward.detach().sum()), "tokens": float(counts.sum())}
+        return -reward.mean(), len(documents[some]) / len(documents), sums
 
-    return Update(losses(), numbers, named)
+    def numbers(sums: Mapping[str, float]) -> dict[str, float]:
+        loss = sums["nats"] / len(documents)
+        return {"loss": loss, "reward": -loss, "action_nll": sums["nats"] / sums["tokens"], "tokens": sums["tokens"]}
+
+    return Update([partial(part, some) for some in _micro(len(documents), settings)], numbers, named)
 
 
 def apply(
     lm: LanguageModel, update: Update, optimizer: torch.optim.Optimizer, step: int, settings: Settings
 ) -> dict[str, float]:  # fmt: skip
     """Differentiate an update and take one optimizer step; returns its row of log.jsonl (losses and KL in nats a step).
+    Processes share the update's parts and come by the same gradient.
 
     Raises FloatingPointError, naming step and batch, where the loss or its gradient is not finite: nothing is changed then.
     """
-    started = time.perf_counter()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     optimizer.zero_grad()
-    for loss, share in update.losses:
+    made: dict[int, list[Tensor]] = {}  # by part, where other processes make the rest
+
+    def differentiate(number: int) -> dict[str, float]:
+        loss, share, sums = update.parts[number]()
         if not torch.isfinite(loss):
             raise FloatingPointError(f"the loss became {loss.item()} at step {step} ({update.batch})")
         # The gradient of a nat a step is that of many agents; their number is left to the clipping and to AdamW.
         (loss * share).backward()
+        if ranks.world_size() > 1:
+            made[number] = [p.grad for p in parameters]
+            optimizer.zero_grad()
+        return sums
+
+    costs = [1.0] * len(update.parts)
+    found = ranks.compute(differentiate, range(len(update.parts)), costs)
+    ranks.add_gradients(parameters, made, costs)
     norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
     if not torch.isfinite(norm):
         raise FloatingPointError(f"the gradient became {norm.item()} at step {step} ({update.batch})")
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, settings.steps, settings.lr)
     optimizer.step()
-    seconds = time.perf_counter() - started
-    numbers = dict(update.numbers)
+    seconds = time.perf_counter() - update.started
+    numbers = update.numbers({key: sum(sums[key] for sums in found) for key in found[0]})
     speed = numbers.pop("tokens") / seconds
     return {"step": step, **numbers, "gradient_norm": norm.item(), "seconds": seconds, "tokens_per_second": speed}
 

@@ -20,6 +20,7 @@ from datetime import datetime
 from importlib import metadata
 from pathlib import Path
 
+from mfllm_ref import ranks
 from mfllm_ref.errors import InputError
 
 # Of run.json and log.jsonl:
@@ -46,7 +47,10 @@ def _json(value: object, indent: int | None = None) -> bytes:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all: beside its place, then renamed into it. InputError where the disk refuses."""
+    """Write a file whole or not at all: beside its place, then renamed into it. InputError where the disk refuses. Of several
+    processes only rank 0 writes."""
+    if ranks.rank():
+        return
     beside = path.with_name(f".{path.name}.part")
     with _reported(path):
         try:
@@ -85,30 +89,36 @@ def read_json_lines(path: Path) -> Iterator[dict]:
 
 
 class JsonLines:
-    """A JSON Lines file that only grows. On opening, whatever follows its valid prefix is cut off."""
+    """A JSON Lines file that only grows. On opening, whatever follows its valid prefix is cut off. Other processes than
+    rank 0 read the same file and count its rows, but change nothing."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         with _reported(path):
-            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+            self._file = None if ranks.rank() else os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         self.keep(None)
+        ranks.gather(None)  # nobody adds a row before all have counted them
 
     def keep(self, rows: int | None) -> None:
         """Cut the file after its first `rows` rows (None: after all valid ones). `count` is how many there are."""
-        lengths = [length for length, _ in itertools.islice(_valid_lines(self.path), rows)]
+        valid = _valid_lines(self.path) if self.path.exists() else iter(())
+        lengths = [length for length, _ in itertools.islice(valid, rows)]
         self.count = len(lengths)
-        with _reported(self.path):
-            os.ftruncate(self._file, sum(lengths))
+        if self._file is not None:
+            with _reported(self.path):
+                os.ftruncate(self._file, sum(lengths))
 
     def append(self, rows: Iterable[Mapping]) -> None:
         """Write rows and wait until they are on the disk, so that what a step reports as done survives a crash."""
         batch = list(rows)
+        self.count += len(batch)
+        if self._file is None:
+            return
         rest = memoryview(b"".join(_json(row) + b"\n" for row in batch))
         with _reported(self.path):
             while rest:
                 rest = rest[os.write(self._file, rest) :]
             os.fsync(self._file)
-        self.count += len(batch)
 
     def __len__(self) -> int:
         return self.count
@@ -118,7 +128,8 @@ class JsonLines:
         return read_json_lines(self.path)
 
     def close(self) -> None:
-        os.close(self._file)
+        if self._file is not None:
+            os.close(self._file)
 
 
 # ---- provenance ----------------------------------------------------------------------------------------------------
@@ -176,7 +187,7 @@ def default_out() -> Path:
     """A new place for a run: runs/<time>, with a number behind it where that is taken."""
     base = Path("runs") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     names = (f"{base.name}-{k}" if k > 1 else base.name for k in itertools.count(1))
-    return next(path for path in map(base.with_name, names) if not path.exists())
+    return ranks.gather(next(path for path in map(base.with_name, names) if not path.exists()))[0]
 
 
 class Run:
@@ -204,8 +215,10 @@ class Run:
         write_json(self.out / RUN_FILE, self.record)
 
     def complete(self, **fields: object) -> None:
-        """Mark the run as finished, recording `fields` (those of TIME_FIELDS may differ between equal runs)."""
+        """Mark the run as finished, recording `fields` (those of TIME_FIELDS may differ between equal runs). No process goes
+        on before that is on the disk."""
         self.write("finished", **fields)
+        ranks.gather(None)
 
 
 def _earlier(out: Path, record: Mapping) -> dict | None:
@@ -244,9 +257,14 @@ def open_run(out: Path, record: Mapping, resume: bool = False) -> Iterator[Run]:
     record: what run.json says, with "settings" and "sha256" (mappings; on resuming they must be the earlier run's). An
     absent or empty folder starts anew, with `resume` or without. Left by an exception, run.json says "interrupted" and
     the folder can be resumed. InputError, in one line: another process writes there, the folder is not empty (without
-    `resume`), holds something else or a run of other settings, or the disk refuses.
+    `resume`), holds something else or a run of other settings, or the disk refuses. Of several processes rank 0 holds the
+    folder; the others take the same path and write nothing.
     """
     check_place(out, resume)
+    ranks.gather(None)  # all have seen the folder as it was
+    if ranks.rank():
+        yield Run(out, ranks.gather(None)[0])
+        return
     with _reported(out):
         out.mkdir(parents=True, exist_ok=True)
         lock = os.open(out / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
@@ -257,9 +275,10 @@ def open_run(out: Path, record: Mapping, resume: bool = False) -> Iterator[Run]:
         except BlockingIOError:
             raise InputError(f"--out {out}: another run is writing there") from None
         check_place(out, resume)  # again, now that nobody else can write: it may have just been another run's
-        run = Run(out, _earlier(out, record) or {"started": _now(), **record})
+        run = Run(out, _earlier(out, record) or {"started": _now(), "processes": ranks.world_size(), **record})
         if not run.finished:
             run.write("running")
+        ranks.gather(run.record)
         yield run
     except InputError:
         raise  # also a full disk: one more write would only hide the message

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from mfllm_ref import metrics
+from mfllm_ref import metrics, ranks
 from mfllm_ref.errors import InputError
 from mfllm_ref.lm import LanguageModel
 from mfllm_ref.runs import Run, read_json_lines
@@ -131,6 +131,7 @@ def roll_out(
                 file.append(new)
             written += _spoken(rows.trajectory)
             bar.update(_spoken(rows.trajectory))
+    ranks.gather(None)  # the files are whole for all who read them
     return written, time.perf_counter() - started
 
 

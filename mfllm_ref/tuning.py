@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mfllm_ref import ib_tune, metrics
+from mfllm_ref import ib_tune, metrics, ranks
 from mfllm_ref.errors import InputError
 from mfllm_ref.ib_tune import Chains, Settings, Update
 from mfllm_ref.lm import LanguageModel
@@ -134,6 +134,7 @@ class Tuner:
             self.one(job, earlier if earlier and earlier[0]["job"] == job.name else None)
             if number + 1 < len(todo):
                 save_state(self.state, {"job": names[number + 1], "rows": self.log.count, "step": 0})
+        ranks.gather(None)  # the log is whole for all who read it
 
     def one(self, job: Job, earlier: tuple[dict, dict[str, dict[str, Tensor]]] | None) -> None:
         """Tune one adapter and save it; `earlier` is the state to go on from."""
@@ -241,6 +242,7 @@ class Tuner:
             path.parent.mkdir(exist_ok=True)
             written = ib_tune.summaries(self.lm, pasts, job.mean_field, settings, until, self.progress)
             write_json(path, {past.event.id: texts for past, texts in zip(pasts, written, strict=True)})
+            ranks.gather(None)  # all read the file below
         return [read_json(path)[past.event.id] for past in pasts]
 
 

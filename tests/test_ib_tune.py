@@ -205,7 +205,7 @@ def test_an_update_is_the_estimator_on_its_own_samples(tuned, pasts):
         update = ib_tune.mean_field_update(tuned, Chains(pasts, 3, 0), replace(SMALL, micro=micro), 5, "mean-field", None)
         tuned.backbone.zero_grad()
         parameters = tuned.adapters.parameters("mean-field")
-        total = sum(loss * share for loss, share in update.losses)
+        total = sum(loss * share for loss, share, _ in (part() for part in update.parts))
         gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(total, parameters)]))
     sampled = ib_tune.draw(tuned, pasts, now, 2, SMALL, 5, "mean-field", None)
     log_prob, kl = ib_tune.information_terms(tuned, pasts, now, sampled.ids, "mean-field")
@@ -261,9 +261,9 @@ def test_a_loss_that_is_not_finite_stops_before_anything_moves(tuned, pasts):
     parameters = tuned.adapters.parameters("policy")
     optimizer = torch.optim.AdamW(parameters, lr=1e-2)
     before = [p.detach().clone() for p in parameters]
-    losses = iter([(parameters[0].sum() * 0 + 1, 0.5), (parameters[0].sum() * math.nan, 0.5)])
+    parts = [lambda: (parameters[0].sum() * 0 + 1, 0.5, {}), lambda: (parameters[0].sum() * math.nan, 0.5, {})]
     with pytest.raises(FloatingPointError, match=r"nan at step 7 \(event e step 3\)"):
-        ib_tune.apply(tuned, ib_tune.Update(losses, {}, "event e step 3"), optimizer, 7, Settings(lr=1e-2))
+        ib_tune.apply(tuned, ib_tune.Update(parts, dict, "event e step 3"), optimizer, 7, Settings(lr=1e-2))
     assert all(torch.equal(p, q) for p, q in zip(before, parameters, strict=True))
 
 

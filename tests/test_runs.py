@@ -260,7 +260,7 @@ def test_provenance_says_what_ran(tmp_path):
 def test_the_revision_is_that_of_the_codes_own_checkout(tmp_path):
     """None under another project's repository (an installed copy); in its own, the revision and any changes."""
     (tmp_path / "mfllm_ref").mkdir()
-    for name in ("__init__.py", "errors.py", "runs.py"):
+    for name in ("__init__.py", "errors.py", "ranks.py", "runs.py"):
         (tmp_path / "mfllm_ref" / name).write_bytes((ROOT / "mfllm_ref" / name).read_bytes())
 
     def git(*arguments):

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -133,8 +134,8 @@ def test_a_loss_that_becomes_nan_names_step_and_batch_and_leaves_the_last_good_a
 
     def poisoned(lm, update, optimizer, step, settings):
         if step == 2:
-            losses = ((loss * torch.nan, share) for loss, share in update.losses)
-            update = ib_tune.Update(losses, update.numbers, update.batch)
+            loss, *rest = update.parts[0]()
+            update = replace(update, parts=[lambda: (loss * torch.nan, *rest)])
         return apply(lm, update, optimizer, step, settings)
 
     monkeypatch.setattr(ib_tune, "apply", poisoned)

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mfllm_ref import ranks
 from mfllm_ref.errors import InputError
 from mfllm_ref.lm.backbone import Backbone, Config
 
@@ -198,7 +199,9 @@ def _compare(stored: Mapping[str, Path], name: str, other: str) -> None:
 def save_folder(folder: Path, config: tuple[str, dict[str, Any]], weights: tuple[str, dict[str, Tensor]]) -> None:
     """Write a JSON file and a safetensors file, each given as (name, content), into `folder` (made if need be). Both
     are written and flushed under temporary names first, so that an interruption leaves no half-written file.
-    InputError where the disk refuses."""
+    InputError where the disk refuses. Of several processes only rank 0 writes."""
+    if ranks.rank():
+        return
     temporary = {name: folder / f".{name}.part" for name in (weights[0], config[0])}
     tensors = {name: tensor.contiguous() for name, tensor in weights[1].items()}
     text = json.dumps(config[1], indent=2, ensure_ascii=False, allow_nan=False, sort_keys=True) + "\n"

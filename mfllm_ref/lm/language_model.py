@@ -5,7 +5,8 @@ Notable:
   once, and every agent of the world attends to it (kernels.agent_attention). Each prompt keeps its last token outside.
 - Decoding runs all agents of all worlds in one batch, one token a step. Rows of finished agents are dropped as soon as
   they are over an eighth of the batch.
-- Work is cut into chunks that bound memory. The cut depends on lengths and options only, never on the machine.
+- Work is cut into chunks that bound memory. The cut depends on lengths and options only, never on the machine or on how
+  many processes share the chunks (`ranks`).
 """
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -20,17 +21,19 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from kernels import IBTerms, ib_loss
+from mfllm_ref import ranks
 from mfllm_ref.errors import InputError
 from mfllm_ref.lm.backbone import Backbone
 from mfllm_ref.lm.checkpoint import load_backbone
 from mfllm_ref.lm.lora import Adapters
 from mfllm_ref.lm.sampling import check_finite, hash_seeds, penalise, sample, square, uniforms
 from mfllm_ref.lm.tokenizer import Tokenizer
-from mfllm_ref.lm.worlds import World, common_prefix, prefill, run_prefixes, run_step, run_suffixes
+from mfllm_ref.lm.worlds import World, cost, cut, members, prefill, run_prefixes, run_step, run_suffixes
 
 CACHE_BYTES = 2**30  # keys and values held by one chunk
 LOGITS = 2**24  # logits held at once
 GROWTH = 16  # slots by which a full cache grows: most agents end long before max_new_tokens
+ROWS = (2048, 256)  # agents in a chunk that processes may share, about: on a GPU; on a CPU, where more gain little
 DEAD = 1 / 8  # share of finished rows above which a batch is compacted
 
 Prompt = str | Sequence[int]
@@ -139,21 +142,22 @@ class LanguageModel:
         adapters: Sequence[str | None] | None, exact: bool, max_new_tokens: int, *options: Any,
     ) -> list[list[int]]:  # fmt: skip
         """The tokens of each continuation, with end of text if that ended it."""
-        ids, written = self._prompt_ids(prompts), [[] for _ in prompts]
-        chunks = self._chunks(ids, [max_new_tokens] * len(ids), worlds, adapters)
+        ids, extra = self._prompt_ids(prompts), [max_new_tokens] * len(prompts)
+        chunks = self._chunks(ids, extra, worlds, adapters, ROWS[self.device.type == "cpu"])
         if max_new_tokens == 0:
-            return written
+            return [[] for _ in prompts]
         hashed = hash_seeds(range(len(ids)) if seeds is None else seeds)
         # In bfloat16 a merged update costs no accuracy to speak of (1e-4 nats a token from float32, with an adapter or
         # without), but gradients ask for samples of the very model.
         enter = self.adapters.activate if exact and self.dtype.itemsize < 4 else self.adapters.merge
+
+        def decode(chunk: list[World]) -> list[list[int]]:
+            return self._decode(ids, chunk, hashed[members(chunk)], enter, max_new_tokens, *options)
+
         with self.adapter(self.adapters.active):
-            for chunk in chunks:
-                agents = [agent for world in chunk for agent in world.agents]
-                done = self._decode(ids, chunk, hashed[agents], enter, max_new_tokens, *options)
-                for agent, new in zip(agents, done, strict=True):
-                    written[agent] = new
-        return written
+            done = ranks.compute(decode, chunks, [cost(chunk, ids, extra) for chunk in chunks])
+        written = {agent: new for chunk, some in zip(chunks, done) for agent, new in zip(members(chunk), some, strict=True)}
+        return [written[agent] for agent in range(len(prompts))]
 
     def log_prob(
         self, prompts: Sequence[Prompt], continuations: Sequence[Prompt], worlds: Sequence[Hashable] | None = None,
@@ -172,19 +176,21 @@ class LanguageModel:
             raise InputError("the checkpoint names no end of text token")
         end = [self.tokenizer.end_id] if end_of_text else []
         targets = [ids + end for ids in self._encode(continuations)]
-        ids = self._prompt_ids(prompts, targets)
-        done: list[Tensor] = []
-        order: list[int] = []
+        ids, extra = self._prompt_ids(prompts, targets), [len(target) for target in targets]
+        shared = not torch.is_grad_enabled()  # gradients stay where they are made
+        chunks = self._chunks(ids, extra, worlds, rows=ROWS[self.device.type == "cpu"] if shared else None)
         with self.adapter(self.adapters.active):
-            if not torch.is_grad_enabled():
+            if shared:
                 self.adapters.merge(self.adapters.active)
-            for chunk in self._chunks(ids, [len(t) for t in targets], worlds):
-                done.append(self._score(ids, targets, chunk))
-                order += [agent for world in chunk for agent in world.agents]
+                costs = [cost(chunk, ids, extra) for chunk in chunks]
+                done = ranks.compute(lambda chunk: self._score(ids, targets, chunk).cpu(), chunks, costs)
+            else:
+                done = [self._score(ids, targets, chunk) for chunk in chunks]
         if not done:
             return torch.zeros(0, dtype=torch.promote_types(self.dtype, torch.float32), device=self.device)
-        found = torch.cat(done)
+        found = torch.cat(done).to(self.device)
         check_finite(found.detach())
+        order = [agent for chunk in chunks for agent in members(chunk)]
         return found[torch.tensor(np.argsort(order), device=self.device)]
 
     def ib_terms(
@@ -213,7 +219,7 @@ class LanguageModel:
         """Hidden states [tokens, dim] that predict the targets, in the prompts' order."""
         ids, done = self._prompt_ids(prompts, targets), {}
         for chunk in self._chunks(ids, [len(t) for t in targets], worlds):
-            agents = [agent for world in chunk for agent in world.agents]
+            agents = members(chunk)
             for some, hidden in self._hidden(ids, targets, chunk):
                 sizes = [len(targets[agents[i]]) for i in some]
                 done |= {agents[i]: part for i, part in zip(some, hidden.split(sizes), strict=True)}
@@ -253,40 +259,18 @@ class LanguageModel:
 
     def _chunks(
         self, ids: list[list[int]], extra: Sequence[int], worlds: Sequence[Hashable] | None,
-        adapters: Sequence[str | None] | None = None,
+        adapters: Sequence[str | None] | None = None, rows: int | None = None,
     ) -> list[list[World]]:  # fmt: skip
-        """Worlds, by falling prefix length, in chunks that keep the cache and the logits within bounds; in each chunk by
-        adapter. A world too large for one chunk is split; `extra` is how many tokens each prompt may grow by."""
+        """Chunks of worlds (`worlds.cut`) that keep the cache and the logits within bounds, of about `rows` agents at most;
+        `extra` is how many tokens each prompt may grow by."""
         keys = [0] * len(ids) if worlds is None else worlds
         names = [self.adapters.active] * len(ids) if adapters is None else adapters
         for what, given in (("worlds", keys), ("adapters", names)):
             if len(given) != len(ids):
                 raise InputError(f"{len(given)} {what} for {len(ids)} prompts")
-        members: dict[tuple[str | None, Hashable], list[int]] = {}
-        for agent, key in enumerate(zip(names, keys, strict=True)):
-            members.setdefault(key, []).append(agent)
         config = self.backbone.config
         tokens = CACHE_BYTES // (2 * config.layers * config.kv_heads * config.head_dim * self.dtype.itemsize)
-        most = max(1, LOGITS // config.vocab_size)
-        parts: list[tuple[World, int]] = []  # a world or a part of one, its longest suffix
-        for (name, _), agents in members.items():
-            prefix = common_prefix([ids[agent] for agent in agents])
-            own = max(len(ids[agent]) - len(prefix) + extra[agent] for agent in agents)
-            size = min(most, max(1, (tokens - len(prefix)) // own))
-            parts += [(World(prefix, agents[i : i + size], name), own) for i in range(0, len(agents), size)]
-        parts.sort(key=lambda part: -len(part[0].prefix))
-        chunks: list[list[World]] = []
-        count = longest = 0
-        for world, own in parts:
-            total, widest = count + len(world.agents), max(longest, own)
-            shared = (len(chunks[-1]) + 1) * len(chunks[-1][0].prefix) if chunks else 0
-            if chunks and total <= most and shared + total * widest <= tokens:
-                chunks[-1].append(world)
-                count, longest = total, widest
-            else:
-                chunks.append([world])
-                count, longest = len(world.agents), own
-        return [sorted(chunk, key=lambda world: (world.adapter is not None, world.adapter)) for chunk in chunks]
+        return cut(ids, extra, list(zip(names, keys, strict=True)), tokens, max(1, LOGITS // config.vocab_size), rows)
 
     # ---- one chunk ---------------------------------------------------------------------------------------------------
 
@@ -296,7 +280,7 @@ class LanguageModel:
     ) -> list[list[int]]:  # fmt: skip
         """The tokens of a chunk's agents, in the chunk's order."""
         config, device = self.backbone.config, self.device
-        prompts = [ids[agent] for world in chunk for agent in world.agents]
+        prompts = [ids[agent] for agent in members(chunk)]
         world = np.repeat(np.arange(len(chunk)), [len(w.agents) for w in chunk])
         inputs = [row[len(chunk[w].prefix) :] for row, w in zip(prompts, world, strict=True)]
         lengths = np.array([len(row) for row in inputs])
@@ -356,7 +340,7 @@ class LanguageModel:
 
     def _score(self, ids: list[list[int]], targets: list[list[int]], chunk: list[World]) -> Tensor:
         """log_prob of a chunk's agents, in the chunk's order."""
-        agents = [agent for world in chunk for agent in world.agents]
+        agents = members(chunk)
         total = torch.zeros(len(agents), dtype=torch.promote_types(self.dtype, torch.float32), device=self.device)
         active = self.adapters.active  # an adapted head cannot be run again later: its adapter may then be off
         adapted = active is not None and "lm_head" in self.adapters.adapters[active].layers

@@ -4,7 +4,8 @@ Notable: rows of different lengths are packed end to end for the linear layers, 
 attention alone. All of this is differentiable; a prefix's keys and values carry the gradients of all its agents.
 """
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -146,6 +147,50 @@ def common_prefix(rows: list[list[int]]) -> list[int]:
     first, last = min(rows), max(rows)
     most = min(len(row) for row in rows) - 1
     return first[: next((i for i in range(most) if first[i] != last[i]), most)]
+
+
+def members(chunk: Sequence[World]) -> list[int]:
+    """A chunk's agents, in its order."""
+    return [agent for world in chunk for agent in world.agents]
+
+
+def cost(chunk: Sequence[World], ids: list[list[int]], extra: Sequence[int]) -> int:
+    """Tokens that a chunk runs through the backbone, at most."""
+    return sum(len(w.prefix) + sum(len(ids[a]) - len(w.prefix) + extra[a] for a in w.agents) for w in chunk)
+
+
+def cut(
+    ids: list[list[int]], extra: Sequence[int], keys: Sequence[tuple[str | None, Hashable]], tokens: int, most: int,
+    rows: int | None,
+) -> list[list[World]]:  # fmt: skip
+    """Worlds (the agents of equal `keys`: adapter, world), by falling prefix length, in chunks of at most `tokens` cached
+    tokens and `most` agents; in each chunk by adapter. A world too large for one chunk is split. rows: chunks hold at most
+    about so many agents, about equally many; there are 1, 2, 4, ... of them, so that as many processes share them well."""
+    worlds: dict[tuple[str | None, Hashable], list[int]] = {}
+    for agent, key in enumerate(keys):
+        worlds.setdefault(key, []).append(agent)
+    even = most
+    if rows is not None and len(ids) > 0:
+        even = -(-len(ids) // 2 ** math.ceil(math.log2(-(-len(ids) // rows))))
+    parts: list[tuple[World, int]] = []  # a world or a part of one, its longest suffix
+    for (name, _), agents in worlds.items():
+        prefix = common_prefix([ids[agent] for agent in agents])
+        own = max(len(ids[agent]) - len(prefix) + extra[agent] for agent in agents)
+        size = min(most, even, max(1, (tokens - len(prefix)) // own))
+        parts += [(World(prefix, agents[i : i + size], name), own) for i in range(0, len(agents), size)]
+    parts.sort(key=lambda part: -len(part[0].prefix))
+    chunks: list[list[World]] = []
+    count = longest = 0
+    for world, own in parts:
+        total, widest = count + len(world.agents), max(longest, own)
+        shared = (len(chunks[-1]) + 1) * len(chunks[-1][0].prefix) if chunks else 0
+        if chunks and count < even and total <= most and shared + total * widest <= tokens:
+            chunks[-1].append(world)
+            count, longest = total, widest
+        else:
+            chunks.append([world])
+            count, longest = len(world.agents), own
+    return [sorted(chunk, key=lambda world: (world.adapter is not None, world.adapter)) for chunk in chunks]
 
 
 def run_prefixes(backbone: Backbone, chunk: list[World]) -> Prefixes:

@@ -1,0 +1,147 @@
+"""Several processes on one piece of work, started by torchrun. Alone, all of this costs nothing and imports nothing.
+
+Notable:
+- Work is cut into parts by what it is, never by how many processes there are. A rank computes its share of the parts and is
+  told the others' results, in the order of the parts: every number comes from the same shapes as in a single process.
+- What goes wrong in a part goes wrong on every rank. A process that dies is noticed by the others (its connection closes, and
+  torchrun asks them to end): they raise `Lost`. The first to report has the word, so that a user reads one line.
+"""
+
+import contextlib
+import os
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+from mfllm_ref.errors import InputError
+
+Part, Result = TypeVar("Part"), TypeVar("Result")
+_rank, _size, _store = 0, 1, None
+
+
+class Lost(BaseException):
+    """Another process of this job has ended. No `Exception`: it may come at any moment, as Ctrl-C does."""
+
+
+def start() -> None:
+    """Join the other processes, where torchrun started this one: gloo for what is on the CPU, nccl for CUDA."""
+    global _rank, _size, _store
+    if _size > 1 or int(os.environ.get("WORLD_SIZE", 1)) == 1 or "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    import torch
+    import torch.distributed as dist
+
+    def ended(*_: object) -> None:
+        raise Lost
+
+    signal.signal(signal.SIGTERM, ended)
+    with _together():
+        _store, rank, size = next(dist.rendezvous("env://"))
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=_store, rank=rank, world_size=size)
+    _rank, _size = rank, size
+
+
+def rank() -> int:
+    """This process among `world_size()`; 0 writes all files and says everything."""
+    return _rank
+
+
+def world_size() -> int:
+    return _size
+
+
+def local_rank() -> int:
+    """This process among the `local_size()` of its machine: which of its devices it takes."""
+    return int(os.environ["LOCAL_RANK"]) if _size > 1 else 0
+
+
+def local_size() -> int:
+    return int(os.environ["LOCAL_WORLD_SIZE"]) if _size > 1 else 1
+
+
+@contextlib.contextmanager
+def _together() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # of gloo, nccl or the store: somebody is no longer there
+        raise Lost from error
+
+
+def gather(value: Any) -> list[Any]:
+    """Everybody's `value` (of the CPU), by rank; returns when all have called it."""
+    if _size == 1:
+        return [value]
+    import torch.distributed as dist
+
+    out = [None] * _size
+    with _together():
+        dist.all_gather_object(out, value)
+    return out
+
+
+def share(costs: Sequence[float]) -> list[int]:
+    """The rank that computes each part: dear ones first, each to who has least to do. A function of its argument."""
+    load, owner = [0.0] * _size, [0] * len(costs)
+    for part in sorted(range(len(costs)), key=lambda part: -costs[part]):
+        owner[part] = min(range(_size), key=load.__getitem__)
+        load[owner[part]] += costs[part]
+    return owner
+
+
+def compute(work: Callable[[Part], Result], parts: Sequence[Part], costs: Sequence[float]) -> list[Result]:
+    """[work(part) for part in parts], by all ranks together. Results must be of the CPU. Bad input and numbers that are not
+    finite are raised by every rank, those of the first part that has them."""
+    if _size == 1:
+        return [work(part) for part in parts]
+    mine, failed = {}, {}
+    for number, owner in enumerate(share(costs)):
+        if owner == _rank and not failed:
+            try:
+                mine[number] = work(parts[number])
+            except (InputError, FloatingPointError) as error:
+                failed[number] = error
+    found, failures = {}, {}
+    for theirs, wrong in gather((mine, failed)):
+        found, failures = found | theirs, failures | wrong
+    if failures:
+        raise failures[min(failures)]
+    return [found[number] for number in range(len(parts))]
+
+
+def add_gradients(parameters: "Sequence[Tensor]", made: "Mapping[int, Sequence[Tensor]]", costs: Sequence[float]) -> None:  # noqa: F821
+    """Put into `parameters`' .grad, on every rank, the sum of the gradients of all parts (those that `compute` shared by
+    `costs`; `made`: this rank's by number). Part after part, as one process adds them: the sum has the same bits."""
+    if _size == 1:
+        return
+    import torch
+    import torch.distributed as dist
+
+    sizes = [p.numel() for p in parameters]
+    for number, owner in enumerate(share(costs)):
+        flat = torch.cat([g.flatten() for g in made[number]]) if owner == _rank else parameters[0].new_empty(sum(sizes))
+        with _together():
+            dist.broadcast(flat, owner)
+        for p, g in zip(parameters, flat.split(sizes), strict=True):
+            p.grad = g.view_as(p) if p.grad is None else p.grad + g.view_as(p)
+
+
+def first_to_report() -> bool:
+    """Whether nobody else has said why this job ends."""
+    if _size == 1:
+        return True
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once this process has the word it must come to say it
+    try:
+        return _store.add("ended", 1) == 1
+    except RuntimeError:  # the store went with the process that held it
+        return True
+
+
+@contextlib.contextmanager
+def one_voice() -> Iterator[None]:
+    """Within it only rank 0 prints."""
+    if _rank == 0:
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        yield
