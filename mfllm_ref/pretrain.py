@@ -19,6 +19,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from tqdm import tqdm
 
+from mfllm_ref import ranks
 from mfllm_ref.errors import InputError
 from mfllm_ref.lm import LanguageModel
 from mfllm_ref.lm.backbone import Backbone
@@ -239,24 +240,36 @@ def train_steps(
     optimizers: Sequence[torch.optim.Optimizer],
 ) -> Iterator[dict[str, float]]:  # fmt: skip
     """Train from step `start` on; yields a row of numbers a step (losses in nats a token). The batch of a step is a pure
-    function of (seed, step), so a run that resumes sees what an uninterrupted one would have seen.
+    function of (seed, step), so a run that resumes sees what an uninterrupted one would have seen. Processes share its rows
+    and add up their gradients: in the order of the ranks, so that with another number of them sums round differently.
 
     Raises FloatingPointError, naming the step, when the loss is no longer finite.
     """
     backbone.train().requires_grad_(True)
-    device = next(backbone.parameters()).device
+    parameters, device = list(backbone.parameters()), next(backbone.parameters()).device
+    own, size = ranks.rank(), ranks.world_size()
+    if settings.rows < size:
+        raise InputError(f"--rows {settings.rows}: fewer than the {size} processes that share them")
     for step in range(start, settings.steps):
         started = time.perf_counter()
         rng = np.random.default_rng([settings.seed, 1, step])
         batch = collate([corpus.draw(rng) for _ in range(settings.rows)], tokenizer, end=0)
-        batch = Batch(*(t.to(device) for t in (batch.ids, batch.positions, batch.segments, batch.targets)), batch.sorts)
+        columns = (batch.ids, batch.positions, batch.segments, batch.targets)
         with torch.autocast(device.type, dtype=torch.bfloat16):
-            sums, counts = loss_sums(backbone, batch)
+            nats, targets = loss_sums(backbone, Batch(*(t[own::size].to(device) for t in columns), batch.sorts[own::size]))
+        sums, counts = torch.empty(2, settings.rows)
+        for r, theirs in enumerate(ranks.gather((nats.detach().cpu(), targets.cpu()))):
+            sums[r::size], counts[r::size] = theirs
         loss = sums.sum() / counts.sum()
         if not torch.isfinite(loss):
             raise FloatingPointError(f"the loss became {loss.item()} at step {step}")
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(backbone.parameters(), settings.clip)
+        (nats.sum() / counts.sum().to(device)).backward()
+        if size > 1:
+            made = {own: [p.grad for p in parameters]}
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            ranks.add_gradients(parameters, made, [1.0] * size)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, settings.steps, group["peak"])
@@ -264,7 +277,7 @@ def train_steps(
             optimizer.zero_grad()
         row = {"step": step, "loss": loss.item(), "gradient_norm": norm.item()}
         for name, chosen in (("mean_field", True), ("policy", False)):
-            rows = torch.tensor([(sort == "mean-field") == chosen for sort in batch.sorts], device=device)
+            rows = torch.tensor([(sort == "mean-field") == chosen for sort in batch.sorts])
             row[f"{name}_loss"] = (sums[rows].sum() / counts[rows].sum()).item() if rows.any() else None
         row["seconds"] = time.perf_counter() - started
         row["tokens_per_second"] = int((batch.segments >= 0).sum()) / row["seconds"]
@@ -300,6 +313,7 @@ def run(run: Run, settings: Mapping[str, Any], events: Sequence[Event] | None, d
         for name, content in tokenizer_files().items():
             write_json(run.out / name, content)
         write_bytes(run.out / "tokenizer.json", trained.to_str(pretty=False).encode())
+    ranks.gather(None)  # all read what rank 0 has written
     tokenizer = Tokenizer.load(run.out)
     shape, state = SHAPES[settings["shape"]], run.out / "state.safetensors"
     backbone = Backbone(config_for(settings["model_type"], shape, tokenizer.vocab_size))
@@ -329,6 +343,7 @@ def run(run: Run, settings: Mapping[str, Any], events: Sequence[Event] | None, d
         raise InputError(f"{run.out}: {error}; the last good state is in {state.name}") from None
     bar.close()
     save_backbone(backbone, run.out)
+    ranks.gather(None)
     lm = LanguageModel.load(run.out, device=device)
     response = {d: round(slope(acted), 3) for d, acted in response_curves(lm, held_out, corpus.annotate).items()}
     state.unlink(missing_ok=True)

@@ -3,11 +3,12 @@
 Reads one JSON request a line and answers with one: {"start": [DOOR, ARGUMENT, ...]} forks a run and answers {"run": id};
 {"end": id} waits for it and answers {"code", "stdout", "stderr", "seconds", "operations"}, where a run that a signal ended has
 minus its number as code. A request to start may hold "file_bytes", a limit on the size of files, which stands for a full disk;
-"die_at", the number of the disk operation in whose middle the run kills itself; with "end" there may be "signal" and
+"die_at", the number of the disk operation in whose middle the run kills itself; "env", more of its environment; with "end" there may be "signal" and
 "after", the seconds before it is sent.
 """
 
 import functools
+import hashlib
 import json
 import os
 import resource
@@ -24,10 +25,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import simulate
 import train
 from mfllm_ref import doors, pretrain, report, simulation, tuning  # noqa: F401
+from mfllm_ref.lm import language_model, lora
 from mfllm_ref.society import response
 
 # Everything as in earnest, but small.
 pretrain.SHAPES["tiny"] = pretrain.Shape(dim=32, layers=1, heads=2, kv_heads=1, intermediate=48, vocab=700)
+language_model.ROWS = (8, 8)
 pretrain.TOKENIZER_DOCUMENTS, pretrain.HELD_OUT = 40, 1
 response.LEVELS = (0.1, 0.9)
 pretrain.response_curves = tuning.response_curves = functools.partial(response.response_curves, agents=3, action_tokens=4)
@@ -51,7 +54,21 @@ def dying(operation, die_at):
     return run
 
 
-def child(arguments, out, err, count, file_bytes=None, die_at=None):
+def saying(save):
+    """`save`, which first says what it saves, on ranks that save nothing too."""
+
+    def run(self, name, path):
+        content = b"".join(p.detach().numpy().tobytes() for p in self.parameters(name))
+        os.write(2, f"{name} {hashlib.sha256(content).hexdigest()}\n".encode())
+        save(self, name, path)
+
+    return run
+
+
+def child(arguments, out, err, count, file_bytes=None, die_at=None, env=()):
+    os.environ.update(env)
+    if "SAY_ADAPTERS" in os.environ:
+        lora.Adapters.save = saying(lora.Adapters.save)
     torch.set_num_threads(1)
     os.dup2(out, 1)
     os.dup2(err, 2)
