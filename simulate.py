@@ -93,7 +93,7 @@ def main() -> None:
     for event in events:
         horizon(event, settings)  # refuses a warm-up that leaves nothing to simulate
     intervention = simulation.read_intervention(args.intervene, events, settings) if args.intervene else None
-    lm = LanguageModel.load(backbone, device=str(device), dtype=dtype)
+    lm = LanguageModel.load(backbone, device=str(device), dtype=dtype, spread=args.shard)
     for name, path in adapters.items():
         lm.load_adapter(name, path)
     if max(tokens) >= lm.backbone.config.max_positions:
@@ -115,7 +115,7 @@ def main() -> None:
             "command": "simulate.py", "events": [event.id for event in events], "methods": [m.name for m in methods],
             **dataclasses.asdict(settings), "seeds": args.seeds, "intervene": args.intervene is not None,
             "annotator": args.annotator, "device": device.type, "dtype": str(dtype).removeprefix("torch."),
-            "threads": threads,
+            "threads": threads, "shard": args.shard,
         },
         "paths": {"backbone": str(backbone), "data": str(args.data or "built-in"), "adapters": str(folder or "none")},
         "seeds": seeds, "threads": threads, **origin,

@@ -73,7 +73,7 @@ def parser() -> doors.Parser:
 
 
 def pretraining(args: argparse.Namespace, data: Path | None, out: Path, common: dict) -> None:
-    from mfllm_ref import pretrain, report, runs
+    from mfllm_ref import pretrain, ranks, report, runs
     from mfllm_ref.society.readers import load_events
 
     settings = {
@@ -81,8 +81,12 @@ def pretraining(args: argparse.Namespace, data: Path | None, out: Path, common: 
         "steps": args.steps or 1500, "rows": args.rows or 12, "lr": 4e-3 if args.lr is None else args.lr,
         "save_every": args.save_every or 100,
     }  # fmt: skip
+    if args.shard:
+        raise doors.InputError("--shard: is for a frozen backbone, which pretraining has not")
     if not 0 < settings["lr"] < 1:
         raise doors.InputError(f"--lr {args.lr}: must lie between 0 and 1")
+    if settings["rows"] < ranks.world_size():
+        raise doors.InputError(f"--rows {settings['rows']}: fewer than the {ranks.world_size()} processes that share them")
     device, _ = doors.device_and_dtype(args)
     settings["device"] = device.type
     events = load_events(data) if data else None
@@ -121,7 +125,7 @@ def tuning(args: argparse.Namespace, data: Path | None, out: Path, common: dict)
     events, annotate = load_events(data) if data else None, RuleAnnotator()
     tuned, dev = tuning.choose_events(events, args.leave_out, tuning.pretrained_here(backbone), args.batch, annotate)
 
-    lm = LanguageModel.load(backbone, device=str(device), dtype=dtype)
+    lm = LanguageModel.load(backbone, device=str(device), dtype=dtype, spread=args.shard)
     adapters = {"mean-field": args.mean_field_adapter, "policy": args.policy_adapter, "sft": args.sft_adapter}
     plane = len(args.beta) > 1
     needed = {job.mean_field for job in todo if job.mean_field} - {job.name for job in todo} | ({"sft"} if plane else set())
@@ -144,7 +148,7 @@ def tuning(args: argparse.Namespace, data: Path | None, out: Path, common: dict)
     record["settings"] = {
         **common, "split": args.split, "leave_out": args.leave_out, "method": args.method,
         **dataclasses.asdict(settings), "steps": steps, "beta": args.beta, "rank": args.rank, "device": device.type,
-        "dtype": str(dtype).removeprefix("torch."), "save_every": args.save_every or 20,
+        "dtype": str(dtype).removeprefix("torch."), "save_every": args.save_every or 20, "shard": args.shard,
     }  # fmt: skip
     record["jobs"] = [dataclasses.asdict(job) for job in todo]
     with runs.open_run(out, record, args.resume) as run:

@@ -25,6 +25,8 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("running")
     add_machine(group)
     group.add_argument("--out", type=Path, default=None, help="folder to write to (default: runs/<time>)")
+    group.add_argument("--shard", action="store_true", help="spread the frozen backbone over torchrun's processes, where it "
+                       "is too large for one device; they then share no other work")  # fmt: skip
     group.add_argument("--resume", action="store_true", help="go on with the interrupted run in --out")
 
 

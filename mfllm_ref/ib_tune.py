@@ -306,7 +306,7 @@ def apply(
             raise FloatingPointError(f"the loss became {loss.item()} at step {step} ({update.batch})")
         # The gradient of a nat a step is that of many agents; their number is left to the clipping and to AdamW.
         (loss * share).backward()
-        if ranks.world_size() > 1:
+        if ranks.sharing():
             made[number] = [p.grad for p in parameters]
             optimizer.zero_grad()
         return sums

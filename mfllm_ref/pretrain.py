@@ -248,8 +248,6 @@ def train_steps(
     backbone.train().requires_grad_(True)
     parameters, device = list(backbone.parameters()), next(backbone.parameters()).device
     own, size = ranks.rank(), ranks.world_size()
-    if settings.rows < size:
-        raise InputError(f"--rows {settings.rows}: fewer than the {size} processes that share them")
     for step in range(start, settings.steps):
         started = time.perf_counter()
         rng = np.random.default_rng([settings.seed, 1, step])

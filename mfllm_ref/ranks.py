@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from mfllm_ref.errors import InputError
 
 Part, Result = TypeVar("Part"), TypeVar("Result")
-_rank, _size, _store = 0, 1, None
+_rank, _size, _store, _in_step = 0, 1, None, False
 
 
 class Lost(BaseException):
@@ -60,6 +60,21 @@ def local_size() -> int:
     return int(os.environ["LOCAL_WORLD_SIZE"]) if _size > 1 else 1
 
 
+def keep_step() -> None:
+    """From now on all processes compute everything: what they run has steps that they take together (`checkpoint.shard`)."""
+    global _in_step
+    _in_step = True
+
+
+def in_step() -> bool:
+    return _in_step
+
+
+def sharing() -> bool:
+    """Whether other processes compute parts of the work."""
+    return _size > 1 and not _in_step
+
+
 @contextlib.contextmanager
 def _together() -> Iterator[None]:
     try:
@@ -92,7 +107,7 @@ def share(costs: Sequence[float]) -> list[int]:
 def compute(work: Callable[[Part], Result], parts: Sequence[Part], costs: Sequence[float]) -> list[Result]:
     """[work(part) for part in parts], by all ranks together. Results must be of the CPU. Bad input and numbers that are not
     finite are raised by every rank, those of the first part that has them."""
-    if _size == 1:
+    if not sharing():
         return [work(part) for part in parts]
     mine, failed = {}, {}
     for number, owner in enumerate(share(costs)):
@@ -112,7 +127,7 @@ def compute(work: Callable[[Part], Result], parts: Sequence[Part], costs: Sequen
 def add_gradients(parameters: "Sequence[Tensor]", made: "Mapping[int, Sequence[Tensor]]", costs: Sequence[float]) -> None:  # noqa: F821
     """Put into `parameters`' .grad, on every rank, the sum of the gradients of all parts (those that `compute` shared by
     `costs`; `made`: this rank's by number). Part after part, as one process adds them: the sum has the same bits."""
-    if _size == 1:
+    if not sharing():
         return
     import torch
     import torch.distributed as dist
@@ -140,8 +155,14 @@ def first_to_report() -> bool:
 @contextlib.contextmanager
 def one_voice() -> Iterator[None]:
     """Within it only rank 0 prints."""
-    if _rank == 0:
-        yield
-        return
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-        yield
+    with contextlib.ExitStack() as stack:
+        if _rank:
+            nowhere = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+            stack.enter_context(contextlib.redirect_stderr(nowhere))
+        try:
+            yield
+        except RuntimeError as error:  # steps taken together are inside the backbone, which knows nothing of `Lost`
+            if _in_step and any(name in str(error).lower() for name in ("gloo", "nccl")):
+                raise Lost from error
+            raise

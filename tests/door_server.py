@@ -24,8 +24,8 @@ import torch._dynamo  # noqa: F401
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import simulate
 import train
-from mfllm_ref import doors, pretrain, report, simulation, tuning  # noqa: F401
-from mfllm_ref.lm import language_model, lora
+from mfllm_ref import doors, ib_tune, pretrain, report, simulation, tuning  # noqa: F401
+from mfllm_ref.lm import language_model
 from mfllm_ref.society import response
 
 # Everything as in earnest, but small.
@@ -54,13 +54,14 @@ def dying(operation, die_at):
     return run
 
 
-def saying(save):
-    """`save`, which first says what it saves, on ranks that save nothing too."""
+def saying(apply):
+    """An update that says the digest of the adapter it leaves, on ranks that write no file too."""
 
-    def run(self, name, path):
-        content = b"".join(p.detach().numpy().tobytes() for p in self.parameters(name))
-        os.write(2, f"{name} {hashlib.sha256(content).hexdigest()}\n".encode())
-        save(self, name, path)
+    def run(lm, update, optimizer, *rest):
+        row = apply(lm, update, optimizer, *rest)
+        content = b"".join(p.detach().numpy().tobytes() for p in optimizer.param_groups[0]["params"])
+        os.write(2, hashlib.sha256(content).hexdigest().encode() + b"\n")
+        return row
 
     return run
 
@@ -68,7 +69,7 @@ def saying(save):
 def child(arguments, out, err, count, file_bytes=None, die_at=None, env=()):
     os.environ.update(env)
     if "SAY_ADAPTERS" in os.environ:
-        lora.Adapters.save = saying(lora.Adapters.save)
+        ib_tune.apply = saying(ib_tune.apply)
     torch.set_num_threads(1)
     os.dup2(out, 1)
     os.dup2(err, 2)

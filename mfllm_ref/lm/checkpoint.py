@@ -60,6 +60,34 @@ def load_backbone(path: str | Path, device: str | torch.device = "cpu", dtype: t
     return backbone.eval().requires_grad_(False)
 
 
+def shard(backbone: Backbone, device: str | torch.device) -> Backbone:
+    """Spread a frozen backbone's layers over all processes, and put the rest on `device` (FSDP2). A layer's weights come
+    together when it runs and are let go when it has run; embedding and head stay whole. Every process must then run the
+    same passes: they share no other work from here on. Raises InputError where there is only one process."""
+    if ranks.world_size() == 1:
+        raise InputError("--shard: there is one process only, and nothing to spread weights over (see torchrun)")
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    def gathering(layer: torch.nn.Module) -> Callable[..., None]:
+        # FSDP brings weights back for a gradient that comes through a layer's output; that of a prefix comes through keys
+        # and values alone, which `attend` takes out of the layer's middle.
+        def hook(module: torch.nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> None:
+            if out.requires_grad:
+                out.register_hook(lambda gradient: layer.unshard())
+
+        return hook
+
+    mesh = init_device_mesh(torch.device(device).type, (ranks.world_size(),))
+    for layer in backbone.model.layers:
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+        for module in layer.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.register_forward_hook(gathering(layer))
+    ranks.keep_step()
+    return backbone.to(device)
+
+
 def save_backbone(
     backbone: Backbone, path: str | Path, dtype: torch.dtype = torch.bfloat16, extra: Mapping[str, Any] | None = None
 ) -> None:

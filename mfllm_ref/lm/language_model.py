@@ -24,7 +24,7 @@ from kernels import IBTerms, ib_loss
 from mfllm_ref import ranks
 from mfllm_ref.errors import InputError
 from mfllm_ref.lm.backbone import Backbone
-from mfllm_ref.lm.checkpoint import load_backbone
+from mfllm_ref.lm.checkpoint import load_backbone, shard
 from mfllm_ref.lm.lora import Adapters
 from mfllm_ref.lm.sampling import check_finite, hash_seeds, penalise, sample, square, uniforms
 from mfllm_ref.lm.tokenizer import Tokenizer
@@ -53,11 +53,14 @@ class LanguageModel:
 
     @classmethod
     def load(
-        cls, path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+        cls, path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
+        spread: bool = False,
     ) -> "LanguageModel":  # fmt: skip
-        """The model in a Hugging Face style folder: config.json, *.safetensors, tokenizer.json or tokenizer.model.
+        """The model in a Hugging Face style folder: config.json, *.safetensors, tokenizer.json or tokenizer.model. `spread`:
+        over all processes (`checkpoint.shard`), by way of the CPU's memory.
         Raises InputError naming the file that is missing, damaged or unsupported."""
-        return cls(load_backbone(path, device, dtype), Tokenizer.load(Path(path)))
+        backbone = shard(load_backbone(path, "cpu", dtype), device) if spread else load_backbone(path, device, dtype)
+        return cls(backbone, Tokenizer.load(Path(path)))
 
     @property
     def device(self) -> torch.device:

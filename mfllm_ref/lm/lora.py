@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mfllm_ref import ranks
 from mfllm_ref.errors import InputError
 from mfllm_ref.lm.backbone import Backbone
 from mfllm_ref.lm.checkpoint import locate_tensors, read_json, read_tensor, save_folder
@@ -132,7 +133,10 @@ class Adapters:
 
     def merge(self, name: str | None) -> None:
         """Make `name` active by folding scale * B A into the weights: no cost per token, but no gradient either, and
-        the sum is rounded to the backbone's dtype. The original weights are kept aside."""
+        the sum is rounded to the backbone's dtype. The original weights are kept aside. Weights that are spread over
+        processes stay as they are: then it is `activate`."""
+        if ranks.in_step():
+            return self.activate(name)
         if name is None or not self._merged or name != self.active:
             self.activate(None)
         if name == self.active:
