@@ -87,8 +87,7 @@ def run_door(name: str, main: Callable[[], None]) -> int:
     """Run a door: exit code 0, 2 with one line on stderr for bad input, 130 on Ctrl-C. Under torchrun one process prints
     that line, and the code is 1 where another process has ended without one."""
     try:
-        ranks.start()
-        with ranks.one_voice():
+        with ranks.job():
             main()
         return 0
     except (InputError, OSError) as error:  # the system's own: a path too long, or one it lets nobody look at

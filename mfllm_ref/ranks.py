@@ -11,7 +11,7 @@ import contextlib
 import os
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from mfllm_ref.errors import InputError
 
@@ -23,23 +23,40 @@ class Lost(BaseException):
     """Another process of this job has ended. No `Exception`: it may come at any moment, as Ctrl-C does."""
 
 
-def start() -> None:
-    """Join the other processes, where torchrun started this one: gloo for what is on the CPU, nccl for CUDA."""
-    global _rank, _size, _store
-    if _size > 1 or int(os.environ.get("WORLD_SIZE", 1)) == 1 or "TORCHELASTIC_RUN_ID" not in os.environ:
+@contextlib.contextmanager
+def job() -> Iterator[None]:
+    """Within it this process belongs to those that torchrun started with it (gloo for what is on the CPU, nccl for CUDA), if
+    it started this one at all. Only rank 0 prints."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or "TORCHELASTIC_RUN_ID" not in os.environ:
+        yield
         return
+    global _rank, _size, _store
     import torch
     import torch.distributed as dist
 
-    def ended(*_: object) -> None:
-        raise Lost
-
-    signal.signal(signal.SIGTERM, ended)
+    signal.signal(signal.SIGTERM, _lost)  # what torchrun sends to the others when one has ended
     with _together():
         _store, rank, size = next(dist.rendezvous("env://"))
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=_store, rank=rank, world_size=size)
     _rank, _size = rank, size
+    with contextlib.ExitStack() as stack:
+        if rank:
+            nowhere = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+            stack.enter_context(contextlib.redirect_stderr(nowhere))
+        try:
+            yield
+        except RuntimeError as error:  # steps taken together are inside the backbone, which knows nothing of `Lost`
+            if _in_step and any(name in str(error).lower() for name in ("gloo", "nccl")):
+                _lost()
+            raise
+    dist.destroy_process_group()
+
+
+def _lost(*_: object) -> NoReturn:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: what this process has to write and to say comes now
+    raise Lost
 
 
 def rank() -> int:
@@ -79,8 +96,8 @@ def sharing() -> bool:
 def _together() -> Iterator[None]:
     try:
         yield
-    except RuntimeError as error:  # of gloo, nccl or the store: somebody is no longer there
-        raise Lost from error
+    except RuntimeError:  # of gloo, nccl or the store: somebody is no longer there
+        _lost()
 
 
 def gather(value: Any) -> list[Any]:
@@ -124,7 +141,9 @@ def compute(work: Callable[[Part], Result], parts: Sequence[Part], costs: Sequen
     return [found[number] for number in range(len(parts))]
 
 
-def add_gradients(parameters: "Sequence[Tensor]", made: "Mapping[int, Sequence[Tensor]]", costs: Sequence[float]) -> None:  # noqa: F821
+def add_gradients(
+    parameters: Sequence["Tensor"], made: Mapping[int, Sequence["Tensor"]], costs: Sequence[float]  # noqa: F821
+) -> None:
     """Put into `parameters`' .grad, on every rank, the sum of the gradients of all parts (those that `compute` shared by
     `costs`; `made`: this rank's by number). Part after part, as one process adds them: the sum has the same bits."""
     if not sharing():
@@ -142,7 +161,7 @@ def add_gradients(parameters: "Sequence[Tensor]", made: "Mapping[int, Sequence[T
 
 
 def first_to_report() -> bool:
-    """Whether nobody else has said why this job ends."""
+    """Whether no other process has asked this before: who has, says why the job ends."""
     if _size == 1:
         return True
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once this process has the word it must come to say it
@@ -150,19 +169,3 @@ def first_to_report() -> bool:
         return _store.add("ended", 1) == 1
     except RuntimeError:  # the store went with the process that held it
         return True
-
-
-@contextlib.contextmanager
-def one_voice() -> Iterator[None]:
-    """Within it only rank 0 prints."""
-    with contextlib.ExitStack() as stack:
-        if _rank:
-            nowhere = stack.enter_context(open(os.devnull, "w"))
-            stack.enter_context(contextlib.redirect_stdout(nowhere))
-            stack.enter_context(contextlib.redirect_stderr(nowhere))
-        try:
-            yield
-        except RuntimeError as error:  # steps taken together are inside the backbone, which knows nothing of `Lost`
-            if _in_step and any(name in str(error).lower() for name in ("gloo", "nccl")):
-                raise Lost from error
-            raise

@@ -22,6 +22,24 @@ SIMULATE = ["simulate.py", "--events", "2", "--seeds", "4", "--agents", "90", "-
 CHANGED = ("started", "ended", "wall_time", "actions_per_second", "processes")
 
 
+DIES = f"""
+import os, signal, sys, threading, time
+sys.path.insert(0, {str(ROOT)!r})
+import simulate
+from mfllm_ref import doors
+
+def die():
+    rows = os.path.join(sys.argv[-1], "mean_field.jsonl")
+    while not os.path.exists(rows) or not os.path.getsize(rows):
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+if os.environ["RANK"] == "1":
+    threading.Thread(target=die, daemon=True).start()
+sys.exit(doors.run_door("simulate.py", simulate.main))
+"""  # simulate.py, whose second process dies once there is a mean field on the disk
+
+
 @pytest.fixture(scope="module")
 def server():
     server = Server()
@@ -80,21 +98,16 @@ def torchrun(*arguments):
 def test_torchrun_and_a_single_process_write_the_same_bytes(random_folder, tmp_path):
     """A job by torchrun; and one whose second process is killed on its way, which ends with one line within a minute, and
     which a single process then ends."""
-    arguments, rows = [*SIMULATE, "--backbone", random_folder], tmp_path / "cut" / "mean_field.jsonl"
-    job = torchrun(*arguments, "--out", tmp_path / "cut")
-    while not rows.exists() or not rows.stat().st_size:
-        time.sleep(0.01)
-        assert job.poll() is None, job.communicate()
-    children = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(job.pid)], capture_output=True, text=True).stdout
-    workers = [int(line.split()[0]) for line in children.splitlines() if "simulate.py" in line]
-    os.kill(max(workers), signal.SIGKILL)
+    arguments = [*SIMULATE[1:], "--backbone", random_folder, "--out"]
+    (tmp_path / "dies.py").write_text(DIES)
+    job = torchrun(tmp_path / "dies.py", *arguments, tmp_path / "cut")
     _, errors = job.communicate(timeout=60)
     assert job.returncode == 1 and [line for line in errors.splitlines() if line.startswith("simulate.py:")] == [
         "simulate.py: another process of this job has ended; --resume goes on from what is on disk"
     ]
     assert json.loads((tmp_path / "cut" / "run.json").read_text())["status"] == "interrupted"
-    whole = torchrun(*arguments, "--out", tmp_path / "whole")
-    one = [sys.executable, *map(str, arguments), "--out", tmp_path / "cut", "--resume"]
+    whole = torchrun("simulate.py", *arguments, tmp_path / "whole")
+    one = [sys.executable, "simulate.py", *map(str, arguments), tmp_path / "cut", "--resume"]
     one = subprocess.run(one, cwd=ROOT, capture_output=True, text=True)
     said, errors = whole.communicate(timeout=120)
     assert whole.returncode == one.returncode == 0, errors + one.stderr
@@ -108,7 +121,7 @@ def test_two_go_on_to_the_bytes_of_one(server, run, cases, tmp_path, name):
     """Two processes write what one does, also where they resume what one began, or one resumes what two began."""
     arguments = cases[name] + ["--stage", "mean-field"] * (name == "tune")
     whole = server.run(*arguments, "--out", tmp_path / "one")
-    assert whole["code"] == 0
+    assert whole["code"] == 0, whole
     die_at = whole["operations"] // 2
     assert server.run(*arguments, "--out", tmp_path / "a", die_at=die_at)["code"] == -signal.SIGKILL
     first, second = run([*arguments, "--out", tmp_path / "b"], {"die_at": die_at}, {})
