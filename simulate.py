@@ -4,6 +4,7 @@
     python simulate.py --method state,mf-llm --seeds 3
     python simulate.py --data PATH --backbone DIR        # your events, your Hugging Face style model
     python simulate.py --intervene FILE.json             # what if these posts had been there too?
+    torchrun --nproc-per-node=2 simulate.py              # by two processes, to the same bytes
 """
 
 import argparse

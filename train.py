@@ -4,6 +4,7 @@
     python train.py --method all --out runs/adapters     # the adapters of every method
     python train.py --stage mean-field --beta 0.1,1,10   # the information plane: one point a beta
     python train.py --stage pretrain --out runs/tiny     # a backbone from scratch
+    torchrun --nproc-per-node=2 train.py                 # by two processes
 """
 
 import argparse

@@ -165,7 +165,7 @@ def cut(
 ) -> list[list[World]]:  # fmt: skip
     """Worlds (the agents of equal `keys`: adapter, world), by falling prefix length, in chunks of at most `tokens` cached
     tokens and `most` agents; in each chunk by adapter. A world too large for one chunk is split. rows: chunks hold at most
-    about so many agents, about equally many; there are 1, 2, 4, ... of them, so that as many processes share them well."""
+    about so many agents, about equally many; there are 1, 2, 4, ... of them (memory allowing), which processes share well."""
     worlds: dict[tuple[str | None, Hashable], list[int]] = {}
     for agent, key in enumerate(keys):
         worlds.setdefault(key, []).append(agent)

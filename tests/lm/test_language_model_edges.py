@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mfllm_ref.errors import InputError
-from mfllm_ref.lm import LanguageModel
+from mfllm_ref.lm import LanguageModel, worlds
 
 
 def test_bos_comes_first_where_the_tokenizer_puts_it(folder, tmp_path):
@@ -81,3 +81,17 @@ def test_half_precision_runs(folder):
         score = lm.log_prob(prompts, ["a"] * 4, worlds_)
         assert score.dtype == torch.float32
         torch.testing.assert_close(score, exact, rtol=0.2, atol=0.5)
+
+
+@pytest.mark.parametrize(("sizes", "rows", "chunks"), [
+    ([10] * 35, 256, [180, 170]), ([10] * 35, 100, [90, 90, 90, 80]), ([1000], 256, [250] * 4), ([7], 256, [7]), ([3, 900], 512, [455, 448]),
+    ([10] * 35, None, [350]), ([], 256, []),
+])  # fmt: skip
+def test_processes_find_even_chunks_to_share(sizes, rows, chunks):
+    """Of agents, a power of two of them, a world's cut one keeping its whole prefix; every agent once."""
+    keys = [(None, world) for world, size in enumerate(sizes) for _ in range(size)]
+    ids = [[1, 2, world + 3, agent] for agent, (_, world) in enumerate(keys)]
+    found = worlds.cut(ids, [5] * len(ids), keys, 10**9, 10**6, rows)
+    assert sorted((len(worlds.members(chunk)) for chunk in found), reverse=True) == chunks
+    assert sorted(agent for chunk in found for agent in worlds.members(chunk)) == list(range(len(ids)))
+    assert all(len(world.prefix) == 3 for chunk in found for world in chunk)
