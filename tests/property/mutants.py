@@ -65,7 +65,7 @@ MUTANTS = [
     Mutant(FIELD + "test_an_agent_does_not_depend_on_the_agents_beside_it", State.policy_prompts,
            "shared + prompts", "shared[:-1] + str(len(indices)) + prompts"),
     Mutant(FIELD + "test_an_agent_does_not_depend_on_how_work_is_cut", LanguageModel._generate_ids,
-           "hashed[agents]", "hashed[:len(agents)]"),
+           "hashed[members(chunk)]", "hashed[:len(members(chunk))]"),
     Mutant(FIELD + "test_an_agent_does_not_depend_on_how_many_processes_share_the_work", rollout._seed,
            "state.world.seed,", "state.world.seed, torch.get_num_threads(),"),
     # (3) causality
