@@ -79,6 +79,7 @@ class World:
     index: int
     domain: str
     topic: str
+    hint: tuple[int, int, int]  # what the topic says of J and h: see `hints`
     coupling: float
     half_life: float
     first_opinion: np.ndarray
@@ -133,22 +134,30 @@ def world(split: str, index: int) -> World:
     words, kind = grammar(), "pretrain" if split == "pretrain" else "world"
     low, high = CONSTANTS["coupling"][kind]
     coupling = rng.uniform(low, high)
-    seen = (coupling + CONSTANTS["coupling_noise"] * rng.standard_normal() - low) / (high - low)
+    coupling_noise = rng.standard_normal()
     shortest, longest = CONSTANTS["half_life"][kind]
     half_life = shortest * (longest / shortest) ** rng.random()
     first_opinion = rng.dirichlet(np.full(3, CONSTANTS["first_opinion"]))
     base = CONSTANTS["field"] * rng.standard_normal(3)
-    told = base + CONSTANTS["field_noise"] * rng.standard_normal(3)
+    hint = hints(np.array([coupling]), base[None], np.array([[coupling_noise, *rng.standard_normal(3)]]), kind)[0].tolist()
+    contagion, lean, strong = hint
     domain = DOMAINS[index % len(DOMAINS)]
     name, place = _topic_names(split, index)
-    lean = int(told.argmax())
-    strong = bool(told.max() - told.mean() > 0.8)
-    contagion = min(max(int(3 * seen), 0), 2)
-    topic = agora_text.topic(domain, contagion, STANCES[lean], strong, name, place, iter(rng.random(2)))
+    topic = agora_text.topic(domain, contagion, STANCES[lean], bool(strong), name, place, iter(rng.random(2)))
     field, posts = _shocks(base, rng)
     agents, moods, slots, utility = _population(f"agora-{split}-{index:04d}", place, rng)
-    return World(split, index, domain, topic, coupling, half_life, first_opinion, field, posts, agents, moods, slots,
+    return World(split, index, domain, topic, tuple(hint), coupling, half_life, first_opinion, field, posts, agents, moods, slots,
                  utility)
+
+
+def hints(coupling: np.ndarray, base: np.ndarray, noise: np.ndarray, kind: str = "world") -> np.ndarray:
+    """What topics say of J [n] and h [n, 3], seen through normal `noise` [n, 4]: int64 [n, 3] of how contagious they are (0 to
+    2), the stance they favour, and whether strongly (0 or 1)."""
+    low, high = CONSTANTS["coupling"][kind]
+    seen = (coupling + CONSTANTS["coupling_noise"] * noise[:, 0] - low) / (high - low)
+    told = base + CONSTANTS["field_noise"] * noise[:, 1:]
+    contagion = np.clip((3 * seen).astype(np.int64), 0, 2)
+    return np.stack([contagion, told.argmax(1), told.max(1) - told.mean(1) > 0.8], axis=1)
 
 
 def _topic_names(split: str, index: int) -> tuple[str, str]:

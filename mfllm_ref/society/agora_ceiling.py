@@ -1,19 +1,25 @@
 """What can be known in agora: the ceiling table that calibrates it (`python -m mfllm_ref.society.agora_ceiling`).
 
 Mean KL of DESIGN section 6 (annotated labels, all dimensions, windows of 100 rollout actions) between each event's own
-rollout and four others:
+rollout and six others:
 
     floor        a second continuation of the real process from the same warm-up
     reader       the process by one who knows J and h, and estimates m from the warm-up's stances
+    believer     the process by one who knows it all but J, h and m, and infers them from the topic and the warm-up
+    topic and m  agents who have read the topic and are told m, as the reader estimates it, whatever led there
     persistence  texts drawn uniformly from the warm-up's
     m-blind      a policy that knows everything but m: at each action m is that of a population whose first opinion was
                  drawn anew, so that the policy is marginalised over the prior of m
+
+The last two act on their expectation over what they believe of J and h. A mean field of label shares, and a policy that reads
+it, can come as far as "topic and m"; beyond, it would have to tell how the population came to where it is.
 
 The mean field matters where m-blind is far above the floor; it can be read where the reader is near it.
 """
 
 import argparse
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import numpy as np
 
@@ -23,6 +29,7 @@ from mfllm_ref.society.annotate import annotate
 from mfllm_ref.society.events import DIMENSIONS, Action, Event
 
 WINDOW = 100
+PRIOR, BELIEVED = 200_000, 1_000  # worlds drawn from the prior, and how many of them that agree with a topic are weighed
 POPULATIONS = 64  # populations with a first opinion of their own, over which m-blind is marginalised
 
 
@@ -37,6 +44,51 @@ def reader(event: Event, seed: int) -> list[Action]:
     heard, pending = agora.listen(here, np.zeros(3), stances)
     noise = agora.generator(here.id, "reader", seed).random((len(event.actions) - WARMUP, NOISE))
     return agora.proceed(here, WARMUP, heard / heard.sum(), pending, noise)
+
+
+@lru_cache(maxsize=1)
+def beliefs() -> tuple[np.ndarray, ...]:
+    """Worlds drawn from the prior: J [n], h without shocks [n, 3], first opinion [n, 3], and what their topics say [n, 3]."""
+    rng, n = agora.generator("agora", "beliefs"), PRIOR
+    coupling, base = rng.uniform(*agora.CONSTANTS["coupling"]["world"], n), rng.standard_normal((n, 3)) * agora.CONSTANTS["field"]
+    first = rng.dirichlet(np.full(3, agora.CONSTANTS["first_opinion"]), n)
+    return coupling, base, first, agora.hints(coupling, base, rng.standard_normal((n, 4)))
+
+
+def believer(event: Event, seed: int, learns: bool = True) -> list[Action]:
+    """The process by agents who act on their expectation over worlds that agree with the topic, which they weigh by the
+    warm-up's likelihood if they learn; else all worlds weigh the same, and m is the `reader`'s."""
+    here = agora.world_of(event)
+    coupling, base, opinion, said = beliefs()
+    agree = np.flatnonzero((said == here.hint).all(axis=1))[:BELIEVED]
+    coupling, base, opinion = coupling[agree, None], base[agree], opinion[agree]
+    stances = [STANCES.index(action.labels["stance"]) for action in event.actions[:WARMUP]]
+    log_weight, actions = np.zeros(len(agree)), []
+    rng = agora.generator(event.id, "believer", learns, seed)
+    heard, pending = agora.listen(here, np.zeros(3), stances)
+    heard = heard / heard.sum()
+    waiting: list[int] = []
+    for i in range(len(event.actions)):
+        if i % UPDATE == 0 and waiting:
+            opinion, waiting = agora.absorb(opinion, waiting, here.half_life), []
+        if i == WARMUP and not learns:
+            opinion, waiting = np.broadcast_to(heard, opinion.shape), pending
+        field = base + here.field[i] - here.field[0]  # shocks are public
+        p = agora.choice_probabilities(here.utility[i], 1.0, field, coupling * opinion)
+        if i < WARMUP:
+            log_weight += np.log(p[:, stances[i]]) if learns else 0.0
+            stance = stances[i]
+        else:
+            weight = np.exp(log_weight - log_weight.max())
+            weight /= weight.sum()
+            stance = int(rng.choice(3, p=weight @ p))
+            actions.append(agora.act(here, i, stance, weight @ opinion, rng.random(NOISE)))
+        waiting.append(stance)
+    return actions
+
+
+def topic_and_m(event: Event, seed: int) -> list[Action]:
+    return believer(event, seed, learns=False)
 
 
 def persistence(event: Event, seed: int) -> list[Action]:
@@ -63,7 +115,9 @@ def blind(event: Event, seed: int) -> list[Action]:
 
 
 RIVALS: dict[str, Callable[[Event, int], list[Action]]] = {
-    "floor": second_continuation, "reader": reader, "persistence": persistence, "m-blind": blind}
+    "floor": second_continuation, "reader": reader, "believer": believer, "topic and m": topic_and_m,
+    "persistence": persistence, "m-blind": blind,
+}  # fmt: skip
 
 
 def counts(actions: Sequence[Action]) -> list[np.ndarray]:

@@ -68,6 +68,7 @@ def test_calibration():
     table = {name: row.mean() for name, row in ceiling("dev", seeds=1).items()}
     assert table["floor"] <= table["m-blind"] / 4 and table["floor"] <= table["persistence"] / 3
     assert table["floor"] < table["reader"] < 1.5 * table["floor"]
+    assert table["reader"] < table["believer"] < table["topic and m"] < table["m-blind"], "the more is known, the better"
 
 
 def test_annotator_reads_the_words():
