@@ -238,6 +238,7 @@ def save_folder(folder: Path, config: tuple[str, dict[str, Any]], weights: tuple
         try:
             save_file(tensors, temporary[weights[0]], {"format": "pt"})
             temporary[config[0]].write_text(text, encoding="utf-8")
+            temporary[weights[0]].chmod(temporary[config[0]].stat().st_mode)  # the library's files are their owner's alone
             for file in temporary.values():
                 with open(file, "rb") as handle:
                     os.fsync(handle.fileno())

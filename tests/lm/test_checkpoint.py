@@ -61,6 +61,7 @@ def test_what_is_saved_here_loads_in_transformers_and_here(family: str, tmp_path
     save_backbone(backbone, tmp_path / "new" / "folder", torch.float32, extra={"eos_token_id": 5})
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "new" / "folder", dtype=torch.float32).eval()
     assert model.config.eos_token_id == 5
+    assert len({path.stat().st_mode for path in (tmp_path / "new" / "folder").iterdir()}) == 1, "who may read one may read all"
     with torch.no_grad():
         assert (backbone(IDS) - model(IDS).logits).abs().max() < 1e-4
     again = load_backbone(tmp_path / "new" / "folder")
