@@ -199,7 +199,7 @@ def figure(worlds: Worlds, metrics: Mapping, path: Path) -> None:
 
 
 def loss_curve(rows: Iterable[Mapping], path: Path, keys: Sequence[str] = ("loss", "dev_loss")) -> None:
-    """Write the curves of a training log as PNG: one panel a `stage`, its `keys` against `step`.
+    """Write the curves of a training log as PNG: one panel a `stage`, its `keys` against `step`, each on its own scale.
 
     rows: of log.jsonl, each with "step", optionally "stage", and those of `keys` it has; others and nulls are passed
     over. A key with many points is drawn faintly, with its running median on top. An empty log is an empty picture.
@@ -211,20 +211,31 @@ def loss_curve(rows: Iterable[Mapping], path: Path, keys: Sequence[str] = ("loss
             if row.get(key) is not None:
                 curves.setdefault(key, []).append((row["step"], row[key]))
     with matplotlib.style.context("default"):
-        page = Figure(figsize=(6.5 * max(len(stages), 1), 4.2), dpi=100, layout="constrained")
-        for axis, (stage, curves) in zip(np.atleast_1d(page.subplots(1, max(len(stages), 1))), stages.items()):
-            for key, points in curves.items():
+        count = max(len(stages), 1)
+        down, across = -(-count // 4), min(count, 4)
+        page = Figure(figsize=(5.2 * across, 3.8 * down), dpi=100, layout="constrained")
+        panels = np.atleast_1d(page.subplots(down, across)).ravel()
+        for panel, (stage, curves) in zip(panels, stages.items()):
+            lines = []
+            for number, (key, points) in enumerate(curves.items()):
+                # each key has a scale of its own: other data, which may be harder, and much less noise
+                axis = panel.twinx() if number else panel
                 colour = list(_FAMILIES.values())[-1 - list(keys).index(key) % len(_FAMILIES)]
                 steps, values = np.array(points, dtype=float).T
-                span = len(values) // 40
+                span = len(values) // 20
                 middle = [np.median(values[max(0, k - span) : k + span + 1]) for k in range(len(values))]
                 axis.plot(steps, values, color=colour, alpha=0.3)
-                axis.plot(steps, middle, color=colour, linewidth=2, marker="" if span else ".", label=key)
-            axis.set_title(stage, loc="left")
-            axis.set_xlabel("step")
-            if curves:
-                axis.legend(frameon=False)
-            _plain(axis)
+                lines += axis.plot(steps, middle, color=colour, linewidth=2, marker="" if span else ".", label=key)
+                axis.tick_params(axis="y", labelcolor=colour)
+                _plain(axis)
+                axis.spines["right"].set_visible(number > 0)
+                axis.grid(visible=not number)
+            panel.set_title(stage, loc="left")
+            panel.set_xlabel("step")
+            if lines:
+                panel.legend(handles=lines, frameon=False)
+        for panel in panels[len(stages) :]:
+            panel.set_axis_off()
         _save(page, path)
 
 
