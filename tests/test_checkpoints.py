@@ -1,22 +1,27 @@
-"""The committed backbone: small, loadable elsewhere, and able to do what the default simulation asks of it."""
+"""The committed backbone and its adapters: small, loadable elsewhere, and able to do what the default simulation asks of them."""
 
 import json
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from mfllm_ref import ib_tune
 from mfllm_ref.lm import LanguageModel
 from mfllm_ref.society import agora, prompts
 from mfllm_ref.society.annotate import RuleAnnotator
 from mfllm_ref.society.corpus import Past
 from mfllm_ref.society.response import response_curves, slope
+from mfllm_ref.society.rollout import METHODS
 from mfllm_ref.society.signals import parse
 
 TINY = Path(__file__).resolve().parents[1] / "checkpoints" / "tiny"
+ADAPTERS = TINY.with_name("tiny-adapters")
+NAMES = sorted({name for method in METHODS.values() for name in (method.policy, method.mean_field) if name})
 
 
 @pytest.fixture(scope="module")
@@ -84,3 +89,28 @@ def test_bfloat16_stays_close_to_float32(tiny, merged):
     )
     assert 1e-6 < kl < 5e-4
     assert effect > 5 * kl if merged else effect < 1e-9
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_adapter_is_small_and_loads_here_and_in_peft(tiny, name):
+    assert sum(path.stat().st_size for path in (ADAPTERS / name).iterdir()) <= 1e6
+    ids = torch.tensor([tiny.tokenizer.encode("Topic: A scandal in Redwick.\nUser: Ada, 34, nurse\nPost:\n")])
+    oracle = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32), ADAPTERS / name)
+    tiny.load_adapter(name, ADAPTERS / name)
+    with torch.no_grad(), tiny.adapter(name):
+        tuned = tiny.backbone(ids)
+        assert (oracle(ids).logits - tuned).abs().max() < 1e-4
+    assert (tiny.backbone(ids) - tuned).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["recent", "popular", "empirical"])
+def test_a_tuned_policy_expects_more_of_what_people_did(tiny, kind):
+    """On events that no training has seen, real actions are likelier under the adapter than under the bare backbone."""
+    tiny.load_adapter(f"tuned {kind}", ADAPTERS / f"{kind}-sft")
+    pasts = [Past(agora.event("test", index), RuleAnnotator(), 10) for index in range(14)]
+    documents = [past.policy(step, kind, 10) for past in pasts for step in (4, 9)]
+    found = []
+    for name in (None, f"tuned {kind}"):
+        with torch.no_grad(), tiny.adapter(name):
+            found.append(ib_tune.log_likelihood(tiny, documents)[0].mean().item())
+    assert found[1] > found[0]
