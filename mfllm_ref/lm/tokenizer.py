@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import sentencepiece
 import tokenizers
 
@@ -64,6 +65,7 @@ class Tokenizer:
         # A chat model's tokenizer names the token that ends a turn; other models' may name one they never learnt.
         own = () if end is None or (declared and self._template is None) else (end,)
         self.eos_ids = tuple(sorted({*declared, *own}))
+        self._ending: dict[tuple[str, ...], np.ndarray] = {}
         self.end_id = end if end in self.eos_ids else next(iter(declared), None)
         prepends = config.get("add_bos_token")
         self.bos_id = model.bos if prepends is None else self._id("bos_token") if prepends else None
@@ -89,6 +91,19 @@ class Tokenizer:
             if len(ids) and not 0 <= min(ids) <= max(ids) < self.vocab_size:
                 raise InputError(f"{self.folder}: token ids must lie between 0 and {self.vocab_size - 1}")
         return self.model.decode([list(ids) for ids in batch])
+
+    def may_end(self, stop: tuple[str, ...]) -> np.ndarray:
+        """bool [vocab_size + 1]: ids behind which a text that lacked all `stop` strings may hold one. The last place is for ids
+        beyond the vocabulary, which have no text."""
+        if stop not in self._ending:
+            ending = np.zeros(self.vocab_size + 1, dtype=bool)
+            # Twice, as some tokenizers take a space off the front; a replacement character is a part of a character.
+            texts = self.decode_batch([[id, id] for id in range(self.vocab_size)])
+            ends = {"\ufffd", *(s[-1] for s in stop)}
+            anything = any("\ufffd" in s for s in stop)
+            ending[:-1] = [anything or not ends.isdisjoint(text) for text in texts]
+            self._ending[stop] = ending
+        return self._ending[stop]
 
     def chat(
         self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True, **variables: Any
