@@ -11,7 +11,7 @@ rollout and six others:
     m-blind      a policy that knows everything but m: at each action m is that of a population whose first opinion was
                  drawn anew, so that the policy is marginalised over the prior of m
 
-The last two act on their expectation over what they believe of J and h. A mean field of label shares, and a policy that reads
+The two that do not know J and h act on their expectation over what they believe of them. A mean field of label shares, and a policy that reads
 it, can come as far as "topic and m"; beyond, it would have to tell how the population came to where it is.
 
 The mean field matters where m-blind is far above the floor; it can be read where the reader is near it.
@@ -19,7 +19,7 @@ The mean field matters where m-blind is far above the floor; it can be read wher
 
 import argparse
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 
@@ -87,10 +87,6 @@ def believer(event: Event, seed: int, learns: bool = True) -> list[Action]:
     return actions
 
 
-def topic_and_m(event: Event, seed: int) -> list[Action]:
-    return believer(event, seed, learns=False)
-
-
 def persistence(event: Event, seed: int) -> list[Action]:
     rng = agora.generator(event.id, "persistence", seed)
     return [event.actions[i] for i in rng.integers(WARMUP, size=len(event.actions) - WARMUP)]
@@ -115,7 +111,7 @@ def blind(event: Event, seed: int) -> list[Action]:
 
 
 RIVALS: dict[str, Callable[[Event, int], list[Action]]] = {
-    "floor": second_continuation, "reader": reader, "believer": believer, "topic and m": topic_and_m,
+    "floor": second_continuation, "reader": reader, "believer": believer, "topic and m": partial(believer, learns=False),
     "persistence": persistence, "m-blind": blind,
 }  # fmt: skip
 
