@@ -11,8 +11,8 @@ rollout and six others:
     m-blind      a policy that knows everything but m: at each action m is that of a population whose first opinion was
                  drawn anew, so that the policy is marginalised over the prior of m
 
-The two that do not know J and h act on their expectation over what they believe of them. A mean field of label shares, and a policy that reads
-it, can come as far as "topic and m"; beyond, it would have to tell how the population came to where it is.
+The two that do not know J and h act on their expectation over what they believe of them. A mean field of label shares, and a
+policy that reads it, can come as far as "topic and m"; beyond, it would have to tell how the population came to where it is.
 
 The mean field matters where m-blind is far above the floor; it can be read where the reader is near it.
 """
