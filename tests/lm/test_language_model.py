@@ -235,6 +235,17 @@ def test_text_ends_before_the_first_stop_string(lm):
         assert expected != full or stop == [" "]
 
 
+def test_a_stop_string_ends_the_work_too(lm, monkeypatch):
+    """Where every text holds a stop string early on, decoding takes few of its steps."""
+    prompts, _ = prompts_of(2, 4, seed=6)
+    steps, run_step = [], language_model.run_step
+    monkeypatch.setattr(language_model, "run_step", lambda *args: steps.append(1) or run_step(*args))
+    full = lm.generate(prompts, max_new_tokens=30)
+    all_steps = len(steps)
+    assert all(full) and lm.generate(prompts, max_new_tokens=30, stop=[text[0] for text in full]) == [""] * len(full)
+    assert len(steps) - all_steps < all_steps / 3
+
+
 def test_an_adapter_in_use_survives_generate_and_every_bit_comes_back(folder):
     lm = LanguageModel.load(folder["qwen2"], dtype=torch.float32)
     before = {name: weight.clone() for name, weight in lm.backbone.named_parameters()}
