@@ -1,0 +1,100 @@
+"""Several simulations as one table: python -m mfllm_ref.combine RUN RUN [...]
+
+Each RUN is a finished folder of simulate.py, all of the same events; what differs is, as a rule, the seed that adapters were
+trained with. A method's rollouts of one event, whichever runs they are in, are averaged before anything else, so intervals
+are over events. Methods that nothing was trained for need only be in one of the runs. The table is Markdown.
+"""
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from mfllm_ref import metrics, report, simulation
+from mfllm_ref.doors import Parser, run_door
+from mfllm_ref.errors import InputError
+from mfllm_ref.metrics import OURS
+from mfllm_ref.runs import RUN_FILE, read_json_lines
+from mfllm_ref.society.fields import read_json
+
+SAME = ("events", "agents", "batch", "warmup")  # settings without which runs cannot be compared
+MEASURES = ("wasserstein", "dtw", "macro_f1", "micro_f1")
+
+
+def combine(folders: Sequence[Path]) -> tuple[dict, dict[str, list[float]]]:
+    """(`metrics.evaluate` of all the runs' rollouts together, each method's mean KL by run). Raises InputError for a folder
+    that holds no finished simulation, or one of other events, agents, batch or warm-up."""
+    records = [_finished(folder) for folder in folders]
+    for folder, record in zip(folders, records, strict=True):
+        for key in SAME:
+            if record["settings"].get(key) != records[0]["settings"].get(key):
+                raise InputError(f"{folder}: its {key} are not those of {folders[0]}")
+    worlds: metrics.Worlds = {}
+    by_run: dict[str, list[float]] = {}
+    rows = []
+    for number, folder in enumerate(folders):
+        own = read_json(folder / "metrics.json")
+        for method, entry in own["methods"].items():
+            by_run.setdefault(method, []).append(entry["kl"]["mean"])
+        for (event, method, seed), world in metrics.collect(read_json_lines(folder / "trajectory.jsonl")).items():
+            worlds[event, method, seed * len(folders) + number] = world
+        rows += read_json_lines(folder / "likelihood.jsonl")
+    # The floor is the real events' own, so every run has the same. Its mean is all that the table needs of it.
+    floor = np.array([own["floor"][dimension] for dimension in metrics.LABELS])
+    events = records[0]["settings"]["events"]
+    whole = metrics.evaluate(worlds, dict.fromkeys(events, ""), dict.fromkeys(events, floor), simulation.nll(rows))
+    return whole, by_run
+
+
+def _finished(folder: Path) -> dict:
+    record = read_json(folder / RUN_FILE)
+    if not isinstance(record, dict) or record.get("status") != "finished":
+        raise InputError(f"{folder}: not a finished run")
+    if record.get("settings", {}).get("command") != "simulate.py":
+        raise InputError(f"{folder}: not a run of simulate.py")
+    return record
+
+
+def table(whole: Mapping, by_run: Mapping[str, Sequence[float]]) -> str:
+    """The README's table: measures by method, and each method's KL less mf-llm's with its 95% interval."""
+    several = max(map(len, by_run.values())) > 1
+    head = ["method", "KL", "95% interval", *["by run"] * several, "W1", "DTW", "macro-F1", "micro-F1", "nll"]
+    rows = [[*head, f"KL less {OURS}'s, 95% interval"]]
+    for method, entry in whole["methods"].items():
+        values = [entry["kl"]["mean"], *(entry[name]["mean"] for name in MEASURES), entry["nll"]]
+        kl, *others = ("–" if value is None else f"{value:.3f}" for value in values)
+        runs = [" ".join("–" if kl is None else f"{kl:.3f}" for kl in by_run[method])] * several
+        against = whole["difference"].get(method)
+        apart = "" if against is None else f"{against['difference']:.3f} {_interval(against['ci95'])}"
+        rows.append([f"`{method}`", kl, _interval(entry["kl_ci95"]), *runs, *others, apart])
+    rows.append(["floor", f"{whole['floor']['mean']:.3f}", *[""] * (len(rows[0]) - 2)])
+    return report.markdown(rows)
+
+
+def _interval(ends: Sequence[float] | None) -> str:
+    return "" if ends is None else f"({ends[0]:.3f} to {ends[1]:.3f})"
+
+
+def headline(whole: Mapping) -> str:
+    """How far mf-llm is below the mean of the rivals that the paper compares it with, and how much of each gap it closes."""
+    found = {name: entry["kl"]["mean"] for name, entry in whole["methods"].items()}
+    lines = []
+    for rivals in (("state", "recent", "popular"), ("state", "recent", "popular", "sft")):
+        if all(name in found for name in (OURS, *rivals)):
+            below = 1 - found[OURS] / np.mean([found[name] for name in rivals])
+            lines.append(f"{OURS} is {below:.0%} below the mean of {', '.join(rivals)}")
+    lines += [f"gap closed to {name}: {share:.2f}" for name, share in whole["gap_closed"].items() if share is not None]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = Parser(prog="python -m mfllm_ref.combine", description=__doc__.split("\n\n")[0])
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a finished folder of simulate.py")
+    whole, by_run = combine(parser.parse_args().runs)
+    print(table(whole, by_run))
+    print("\n" + headline(whole))
+
+
+if __name__ == "__main__":
+    sys.exit(run_door("combine", main))

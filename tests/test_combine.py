@@ -1,0 +1,83 @@
+"""Several runs in one table: means over runs within an event, intervals over events, and no runs that cannot be compared."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from mfllm_ref import combine, doors, metrics
+from mfllm_ref.society.events import DIMENSIONS
+
+EVENTS = ("a", "b", "c")
+
+
+def make_run(folder, seed, methods=("state", "mf-llm"), **settings):
+    """A finished run's folder with labels drawn from `seed`, and what its metrics.json says; real labels are always the same."""
+    rng, real = np.random.default_rng(seed), np.random.default_rng(0)
+    rows = []
+    for event in EVENTS:
+        truth = [{name: labels[real.integers(len(labels))] for name, labels in DIMENSIONS.items()} for _ in range(60)]
+        for method in methods:
+            for index, labels in enumerate(truth):
+                drawn = {name: labels[rng.integers(len(labels))] for name, labels in DIMENSIONS.items()}
+                if method == "mf-llm" and rng.random() < 0.6:
+                    drawn = labels
+                rows.append({"event": event, "method": method, "seed": 0, "index": index, "phase": "rollout",
+                             "labels": drawn, "real_labels": labels})  # fmt: skip
+    likelihood = [{"method": method, "nll": 2.0 + seed, "tokens": 1} for method in methods]
+    own = metrics.evaluate(metrics.collect(rows), dict.fromkeys(EVENTS, "news"))
+    folder.mkdir()
+    for name, lines in (("trajectory", rows), ("likelihood", likelihood)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+    (folder / "metrics.json").write_text(json.dumps(own))
+    known = {"command": "simulate.py", "events": EVENTS, "agents": 60, "batch": 10, "warmup": 0, **settings}
+    (folder / "run.json").write_text(json.dumps({"status": "finished", "settings": known}))
+    return folder, own
+
+
+def test_one_run_alone_says_what_its_metrics_say(tmp_path):
+    folder, own = make_run(tmp_path / "one", 1)
+    whole, by_run = combine.combine([folder])
+    for method, entry in own["methods"].items():
+        assert whole["methods"][method]["kl"] == entry["kl"] and by_run[method] == [entry["kl"]["mean"]]
+        assert whole["methods"][method]["kl_ci95"] == entry["kl_ci95"]
+    assert whole["difference"] == own["difference"]
+    assert whole["gap_closed"]["state"] == pytest.approx(own["gap_closed"]["state"])
+
+
+def test_runs_are_averaged_within_an_event(tmp_path):
+    """Every event's KL is the mean of its KL in each run; a method of one run alone keeps that run's."""
+    made = [make_run(tmp_path / "0", 1, ("state", "recent", "mf-llm")), make_run(tmp_path / "1", 2)]
+    whole, by_run = combine.combine([folder for folder, _ in made])
+    for event in EVENTS:
+        kl = [own["kl_by_event"]["mf-llm"][event] for _, own in made]
+        assert kl[0] != kl[1] and whole["kl_by_event"]["mf-llm"][event] == pytest.approx(np.mean(kl))
+        assert whole["kl_by_event"]["recent"][event] == made[0][1]["kl_by_event"]["recent"][event]
+    assert [len(by_run[name]) for name in ("state", "recent", "mf-llm")] == [2, 1, 2]
+    assert whole["methods"]["mf-llm"]["nll"] == 3.5 and whole["methods"]["recent"]["nll"] == 3.0
+    assert whole["floor"]["mean"] == pytest.approx(made[0][1]["floor"]["mean"])
+    lines = combine.table(whole, by_run).splitlines()
+    assert len({line.count("|") for line in lines}) == 1 and "by run" in lines[0]
+    assert " ".join(f"{kl:.3f}" for kl in by_run["mf-llm"]) in lines[-2]
+    below = 1 - np.mean(by_run["mf-llm"]) / np.mean([np.mean(by_run["state"]), by_run["recent"][0], 9.0])
+    whole["methods"]["popular"] = {"kl": {"mean": 9.0}}
+    assert combine.headline(whole).startswith(f"mf-llm is {below:.0%} below the mean of state, recent, popular\n")
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        ({"status": "interrupted"}, "not a finished run"),
+        ({"settings": {"command": "train.py"}}, "not a run of simulate.py"),
+        ({"settings": {"command": "simulate.py", "events": ["a"], "agents": 60, "batch": 10, "warmup": 0}}, "its events are not those of"),
+        ({"settings": {"command": "simulate.py"}}, "its events are not those of"),
+    ],
+)
+def test_what_cannot_be_compared_is_one_line(damage, said, tmp_path, monkeypatch, capsys):
+    good, bad = (make_run(tmp_path / name, 1)[0] for name in ("good", "bad"))
+    (bad / "run.json").write_text(json.dumps(json.loads((bad / "run.json").read_text()) | damage))
+    monkeypatch.setattr(sys, "argv", ["combine", str(good), str(bad)])
+    assert doors.run_door("combine", combine.main) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith(f"combine: {bad}: ") and said in error
