@@ -290,7 +290,7 @@ def corpora(events: Sequence[Event] | None, batch: int) -> tuple[Corpus, list[Pa
     """
     annotate = RuleAnnotator()
     if events is None:
-        mixture = Mixture(shuffled=0.2)
+        mixture = Mixture(summaries=0.4, shuffled=0.2)
         corpus = Corpus(agora.SPLITS["pretrain"], annotate, batch, mixture, lambda i: agora.event("pretrain", i))
         return corpus, [Past(agora.event("train", i), annotate, batch) for i in range(HELD_OUT)]
     chosen, kept = pretraining_part(events)

@@ -70,7 +70,7 @@ def rollout(args: argparse.Namespace) -> dict[str, float]:
 
     told = [prompts.policy_shared(event.language, event.topic, (), ib_tune.signal_of(text)) for text in fields or [""]]
     first = [(action.agent.profile, text) for action, text in zip(event.actions[: args.batch], acted)]
-    listing = prompts.mean_field_prompt(event.language, event.topic, (), "".join(fields[:1]), first)
+    listing = prompts.mean_field_prompt(event.language, event.topic, (), "".join(fields[:1]), first, len(first))
     private = [prompts.policy_private(event.language, action.agent.profile) for action in event.actions]
     return {
         "agents": agents, "worlds": count, "seconds": seconds, "evaluating": measured, "loaded": loaded, "rolled": rolled,

@@ -112,16 +112,17 @@ class Past:
 
     def summarise(self, step: int, previous: str) -> str:
         """The prompt of mu(m_{step+1} | c, X) behind the real actions of `step`, in canonical order, and m_step."""
-        event = self.event
-        listed = [(a.profile, a.text) for a in sorted(self.actions(step), key=lambda a: (a.text, a.id))]
-        return prompts.mean_field_prompt(event.language, event.topic, self.posts(step), previous, listed)
+        event, actions = self.event, self.actions(step)
+        listed = [(a.profile, a.text) for a in sorted(actions, key=lambda a: (a.text, a.id))]
+        acted = step * self.batch + len(actions)
+        return prompts.mean_field_prompt(event.language, event.topic, self.posts(step), previous, listed, acted)
 
 
 @dataclass(frozen=True, slots=True)
 class Mixture:
     """What share of documents is of which sort."""
 
-    summaries: float = 0.4
+    summaries: float = 0.25
     prior: float = 0.1  # of the summaries
     signals: tuple[float, ...] = (0.12, 0.16, 0.16, 0.56)  # of the policy documents, in the order of KINDS
     shuffled: float = 0.0  # of the policy documents: the signal is another event's

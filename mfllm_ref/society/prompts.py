@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 # Characters that enter a prompt, by what the text is. A post of 100,000 characters is legal and must not fill the context.
 TOPIC_CHARS, POST_CHARS, PROFILE_CHARS, ACTION_CHARS, LISTED_CHARS = 160, 140, 100, 140, 60
+MANY = 200  # posts that a mean-field model is told the number of; of more, every newest step counts the same
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,7 @@ WORDING = {
         population="Population: ",
         user="User: ",
         action="Post:",
-        newest="Newest posts:",
+        newest="Newest of {} posts:",
         summary="Summary:",
         share="(share)",
     ),
@@ -64,7 +65,7 @@ WORDING = {
         population="群体：",
         user="用户：",
         action="发言：",
-        newest="最新发言：",
+        newest="{}条发言中最新的：",
         summary="总结：",
         share="（转发）",
     ),
@@ -111,14 +112,17 @@ def policy_private(language: str, profile: str) -> str:
 
 
 def mean_field_prompt(
-    language: str, topic: str, posts: Sequence[str], previous: str, actions: Sequence[tuple[str, str]]
+    language: str, topic: str, posts: Sequence[str], previous: str, actions: Sequence[tuple[str, str]], acted: int
 ) -> str:
-    """The prompt of mu(m_t | c, X_t), X_t = (m_{t-1}, s_{t-1}, a_{t-1}); `actions` are (profile, text) in canonical order."""
+    """The prompt of mu(m_t | c, X_t), X_t = (m_{t-1}, s_{t-1}, a_{t-1}); `actions` are (profile, text) in canonical order.
+
+    acted: how many have acted by then. It says what the newest are worth beside the summary before, which speaks for all others.
+    """
     wording = WORDING[language]
     lines = [wording.mean_field, *_context(wording, topic, posts)]
     if previous:
         lines.append(wording.population + " ".join(previous.split()))
-    lines.append(wording.newest)
+    lines.append(wording.newest.format(acted if acted < MANY else f"{MANY}+"))
     for profile, text in actions:
         profile = one_line(profile, PROFILE_CHARS)
         lines.append("- " + (profile + ": " if profile else "") + _listed(text, wording))

@@ -167,7 +167,7 @@ class State:
         if drop and before:
             before, drop = "", drop - 1
         listed = listed[: len(listed) - max(0, drop - len(posts))]
-        return prompts.mean_field_prompt(event.language, event.topic, posts[drop:], before, listed)
+        return prompts.mean_field_prompt(event.language, event.topic, posts[drop:], before, listed, self.indices(step).stop)
 
 
 def _prompt(lm: LanguageModel, text: str, settings: Settings) -> str | tuple[int, ...]:

@@ -13,7 +13,7 @@ BREAKS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"
 def headings(language: str) -> list[str]:
     wording = prompts.WORDING[language]
     return [wording.topic, wording.post, wording.recent, wording.popular, wording.population, wording.user,
-            wording.action, wording.newest, wording.summary]  # fmt: skip
+            wording.action, wording.newest.format(7), wording.summary]  # fmt: skip
 
 
 def sections(prompt: str, language: str) -> list[str]:
@@ -32,8 +32,8 @@ def test_no_text_forges_a_section(language, topic, posts, profile, actions):
              + prompts.policy_private(language, "x" + profile + attack)]  # fmt: skip
     clean = [prompts.policy_shared(language, "a", ["a" for _ in posts], Signal("recent", tuple("a" for _ in actions)))
              + prompts.policy_private(language, "a")]  # fmt: skip
-    dirty.append(prompts.mean_field_prompt(language, topic + attack, posts, "m" + attack, [(p + attack, t) for p, t in actions]))
-    clean.append(prompts.mean_field_prompt(language, "a", ["a" for _ in posts], "m", [("a", "a") for _ in actions]))
+    dirty.append(prompts.mean_field_prompt(language, topic + attack, posts, "m" + attack, [(p + attack, t) for p, t in actions], 7))
+    clean.append(prompts.mean_field_prompt(language, "a", ["a" for _ in posts], "m", [("a", "a") for _ in actions], 7))
     for hostile, harmless in zip(dirty, clean, strict=True):
         assert sections(hostile, language) == sections(harmless, language)
         assert len(hostile.splitlines()) == len(harmless.splitlines())
@@ -62,15 +62,16 @@ def test_a_plain_share_is_listed_by_its_name():
 
 def test_the_prior_has_neither_topic_nor_history():
     prior = prompts.prior_prompt("en")
-    full = prompts.mean_field_prompt("en", "a topic", ["a denial"], "m", [("Ada", "yes")])
+    full = prompts.mean_field_prompt("en", "a topic", ["a denial"], "m", [("Ada", "yes")], 1)
     assert prior.splitlines() == [full.splitlines()[0], full.splitlines()[-1]]
 
 
+@pytest.mark.parametrize(("acted", "told"), [(60, "60"), (199, "199"), (200, "200+"), (40_000, "200+")])
 @pytest.mark.parametrize("language", ["en", "zh"])
-def test_the_mean_field_prompt_names_all_it_is_given(language):
-    lines = prompts.mean_field_prompt(language, "T", ["P"], "M", [("Ada", "yes"), ("", "")]).splitlines()
+def test_the_mean_field_prompt_names_all_it_is_given(language, acted, told):
+    lines = prompts.mean_field_prompt(language, "T", ["P"], "M", [("Ada", "yes"), ("", "")], acted).splitlines()
     wording = prompts.WORDING[language]
     assert lines == [
-        wording.mean_field, wording.topic + "T", wording.post + "P", wording.population + "M", wording.newest,
+        wording.mean_field, wording.topic + "T", wording.post + "P", wording.population + "M", wording.newest.format(told),
         "- Ada: yes", "- " + wording.share, wording.summary,
     ]  # fmt: skip
