@@ -113,15 +113,16 @@ def tuning(args: argparse.Namespace, data: Path | None, out: Path, common: dict)
     from mfllm_ref.society.readers import load_events
     from mfllm_ref.society.response import LEVELS, WATCHED
 
+    device, dtype = doors.device_and_dtype(args)
     settings = ib_tune.Settings(
         args.steps or 300, args.rows or 8, args.micro, args.lr, args.samples, args.beta[0],
         args.repetition_penalty, args.summary_tokens, args.clip, args.seed,
+        mixed=args.dtype == "auto" and device.type == "cpu" and doors.fast_bfloat16(),
     )  # fmt: skip
     for beta in args.beta:
         dataclasses.replace(settings, beta=beta).check()
     steps = (args.steps or 60, args.steps or 300)
     todo = tuning.jobs(args.stage, args.method.split(",") if args.method else None, steps, args.beta)
-    device, dtype = doors.device_and_dtype(args)
     backbone = args.backbone or CHECKPOINTS / "tiny"
     events, annotate = load_events(data) if data else None, RuleAnnotator()
     tuned, dev = tuning.choose_events(events, args.leave_out, tuning.pretrained_here(backbone), args.batch, annotate)

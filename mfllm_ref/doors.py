@@ -34,7 +34,7 @@ def add_machine(parser: argparse._ActionsContainer) -> None:
     """The options of everything that computes."""
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if there is one")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights; auto: bfloat16 where the "
-                        "device multiplies it fast (for training only on a GPU), else float32")  # fmt: skip
+                        "device multiplies it fast (for training on a GPU; on a CPU its products alone), else float32")  # fmt: skip
     parser.add_argument("--seed", type=natural, default=0, help="of all sampling (default: 0)")
     parser.add_argument("--threads", type=whole(1, 1024), default=None, help="CPU threads of a process "
                         "(default: all cores, divided among torchrun's processes)")  # fmt: skip
@@ -78,9 +78,15 @@ def device_and_dtype(args: argparse.Namespace, training: bool = True) -> tuple["
         if ranks.local_rank() >= torch.cuda.device_count():
             raise InputError(f"--nproc-per-node: a process needs a CUDA device of its own, here are {torch.cuda.device_count()}")
         torch.cuda.set_device(ranks.local_rank())  # what "cuda" means from now on
-    fast = device.type != "cpu" or not training and getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
-    automatic = torch.bfloat16 if fast else torch.float32
+    automatic = torch.bfloat16 if device.type != "cpu" or not training and fast_bfloat16() else torch.float32
     return device, automatic if args.dtype == "auto" else getattr(torch, args.dtype)
+
+
+def fast_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 faster than float32."""
+    import torch
+
+    return getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
 
 
 def run_door(name: str, main: Callable[[], None]) -> int:

@@ -50,6 +50,7 @@ class Settings:
     summary_tokens: int = 120
     clip: float = 1.0
     seed: int = 0
+    mixed: bool = False  # gradients by products in bfloat16 of float32 weights
 
     def check(self) -> None:
         """Raises InputError for what cannot be."""
@@ -301,7 +302,8 @@ def apply(
     made: dict[int, list[Tensor]] = {}  # by part, where other processes make the rest
 
     def differentiate(number: int) -> dict[str, float]:
-        loss, share, sums = update.parts[number]()
+        with torch.autocast(lm.device.type, torch.bfloat16, enabled=settings.mixed):
+            loss, share, sums = update.parts[number]()
         if not torch.isfinite(loss):
             raise FloatingPointError(f"the loss became {loss.item()} at step {step} ({update.batch})")
         # The gradient of a nat a step is that of many agents; their number is left to the clipping and to AdamW.

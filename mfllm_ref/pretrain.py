@@ -22,7 +22,7 @@ from tqdm import tqdm
 from mfllm_ref import ranks
 from mfllm_ref.errors import InputError
 from mfllm_ref.lm import LanguageModel
-from mfllm_ref.lm.backbone import Backbone
+from mfllm_ref.lm.backbone import Backbone, plain_attention
 from mfllm_ref.lm.checkpoint import save_backbone
 from mfllm_ref.lm.config import Config
 from mfllm_ref.lm.tokenizer import Tokenizer
@@ -188,13 +188,7 @@ def loss_sums(backbone: Backbone, batch: Batch) -> tuple[Tensor, Tensor]:
             q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
             if device.type != "cpu":
                 return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
-            # On a CPU plain products in bfloat16 are faster than the flash kernel: forward and backward of the whole backbone
-            # take 0.7 of the time.
-            rows, heads, time_, dim = q.shape
-            grouped = (rows, k.shape[1], -1, dim)
-            scores = (q * dim**-0.5).reshape(grouped) @ k.mT
-            shares = (scores.view(rows, k.shape[1], -1, time_, time_) + mask[:, :, None]).softmax(dim=-1)
-            return (shares.view_as(scores) @ v).view(rows, heads, time_, dim)
+            return plain_attention(q, k, v, mask)
 
     hidden = backbone.hidden(batch.ids, batch.positions, attend)
     learned = batch.targets != -100
