@@ -12,7 +12,7 @@ from kernels import ib_loss
 from mfllm_ref import ib_tune
 from mfllm_ref.errors import InputError
 from mfllm_ref.ib_tune import Chain, Chains, Settings, surrogate
-from mfllm_ref.lm import LanguageModel
+from mfllm_ref.lm import LanguageModel, language_model
 from mfllm_ref.lm.backbone import Backbone
 from mfllm_ref.lm.config import Config
 from mfllm_ref.society import agora
@@ -255,6 +255,36 @@ def test_the_policy_stage_learns(tuned, pasts):
     ]
     assert rows[-1]["loss"] < rows[0]["loss"] - 1 and rows[-1]["action_nll"] < rows[0]["action_nll"]
     assert all(torch.equal(p, q) for p, q in zip(weights, tuned.backbone.parameters(), strict=True))
+
+
+def test_mixed_precision_has_nearly_the_gradient_of_float32_and_an_exact_kl(random_folder, pasts, monkeypatch):
+    """Products in bfloat16 turn neither stage's gradient; the KL's own logits stay float32, or its small values would drown."""
+    lm, dtypes = LanguageModel.load(random_folder), []
+    inner = language_model.ib_loss
+
+    def watched(*inputs):
+        dtypes.append((torch.is_autocast_enabled("cpu"), *(x.dtype for x in inputs[:3])))
+        return inner(*inputs)
+
+    monkeypatch.setattr(language_model, "ib_loss", watched)
+    for name in ("mean-field", "policy"):
+        lm.add_adapter(name, rank=4, targets="all-linear", seed=0)
+        for b in lm.adapters.parameters(name)[1::2]:
+            b.detach().normal_(std=0.05, generator=torch.Generator().manual_seed(1))
+    documents = [past.policy(4, "empirical", 10) for past in pasts]
+    for name in ("mean-field", "policy"):
+        found = []
+        for mixed in (False, True):
+            settings = replace(SMALL, mixed=mixed, clip=1e9, lr=1e-30)
+            parameters = lm.adapters.parameters(name)
+            if name == "policy":
+                update = ib_tune.policy_update(lm, documents, settings, name, "it")
+            else:
+                update = ib_tune.mean_field_update(lm, Chains(pasts, 3, 0), settings, 5, name, None)
+            ib_tune.apply(lm, update, torch.optim.SGD(parameters), 0, settings)
+            found.append(torch.cat([p.grad.flatten() for p in parameters]))
+        assert 0.99 < torch.cosine_similarity(*found, dim=0) < 1 and not torch.equal(*found)
+    assert set(dtypes) == {(False, torch.float32, torch.float32, torch.float32)}
 
 
 def test_a_loss_that_is_not_finite_stops_before_anything_moves(tuned, pasts):

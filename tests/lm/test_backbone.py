@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import mfllm_ref.lm.backbone as module
 from mfllm_ref.errors import InputError
-from mfllm_ref.lm.backbone import Backbone, causal_attention
+from mfllm_ref.lm.backbone import Backbone, causal_attention, plain_attention
 from mfllm_ref.lm.config import Config
 
 FAMILIES = ("qwen2", "qwen3", "llama", "mistral")
@@ -198,6 +199,32 @@ def test_half_precision_and_autocast_stay_near_float32() -> None:
     for approximate in (mixed, half):
         assert (approximate.float() - exact).abs().max() < 0.03 * exact.abs().max()
     assert backbone.float()(ids[:0]).shape == (0, 9, 61)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_plain_products_are_the_same_attention(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float64 products of whole matrices give the fused kernel's values and gradients; in bfloat16, where a CPU prefers them
+    for training, both stay near float32's."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 9, 8, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2))
+    up = torch.randn(2, 4, 9, 8, dtype=torch.float64)
+
+    def both(out: Tensor, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+        return [out.double(), *(g.double() for g in torch.autograd.grad(out, inputs, up.to(out.dtype)))]
+
+    visible = torch.ones(9, 9, dtype=torch.bool).tril().triu(-9 if window is None else 1 - window)
+    mask = torch.zeros(9, 9, dtype=torch.float64).masked_fill_(~visible, -torch.inf)
+    fused = both(causal_attention(q, k, v, window), (q, k, v))
+    for plain in (plain_attention(q, k, v, mask), plain_attention(q, k, v, mask.expand(2, 1, 9, 9))):
+        torch.testing.assert_close(both(plain, (q, k, v)), fused, rtol=0, atol=1e-12)
+    calls = []
+    monkeypatch.setattr(module, "plain_attention", lambda *inputs: calls.append(1) or plain_attention(*inputs))
+    rough = tuple(x.detach().bfloat16().requires_grad_() for x in (q, k, v))
+    for found, exact in zip(both(causal_attention(*rough, window), rough), fused, strict=True):
+        assert (found - exact).abs().max() < 0.03 * exact.abs().max()
+    assert calls == [1]
+    causal_attention(*(x.detach() for x in rough), window)
+    assert calls == [1], "without a gradient the fused kernel does it"
 
 
 def test_bfloat16_rounds_where_transformers_does() -> None:
