@@ -17,18 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from mfllm_ref.errors import InputError
-from mfllm_ref.lm.checkpoint import read_json
+from mfllm_ref.lm.checkpoint import read_object
 
 PATIENCE = 10  # seconds that a template may run: those of real checkpoints take milliseconds
 _worker: subprocess.Popen | None = None  # the process that renders, from the first chat on
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file that a checkpoint may do without. Raises InputError if it is there but damaged."""
-    value = read_json(path) if path.is_file() else {}
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: a JSON object was expected")
-    return value
 
 
 class ChatTemplate:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from mfllm_ref import ranks
 from mfllm_ref.errors import InputError
+from mfllm_ref.fields import an_object, read_json
 from mfllm_ref.lm.backbone import Backbone, Config
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -41,7 +42,7 @@ def load_backbone(path: str | Path, device: str | torch.device = "cpu", dtype: t
     folder = Path(path)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder")
-    config = Config.from_json(read_json(folder / CONFIG), str(folder / CONFIG))
+    config = Config.from_json(read_object(folder / CONFIG, required=True), str(folder / CONFIG))
     with torch.device("meta"):
         backbone = Backbone(config)
     expected = {name: tuple(tensor.shape) for name, tensor in backbone.named_parameters()}  # a tied head counts once
@@ -99,35 +100,12 @@ def save_backbone(
     save_folder(Path(path), (CONFIG, config), (WEIGHTS, tensors))
 
 
-def read_json(path: str | Path, unique: bool = False) -> Any:
-    """The parsed JSON of a file. Raises InputError if it is missing, huge, not UTF-8, malformed, holds NaN or Infinity
-    or, with `unique`, repeats a key within an object."""
-
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is not JSON")
-
-    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        parsed = dict(items)
-        if unique and len(parsed) < len(items):
-            keys = [key for key, _ in items]
-            raise ValueError(f"duplicate entry {next(key for key in keys if keys.count(key) > 1)!r}")
-        return parsed
-
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
-    if path.stat().st_size > LARGEST_JSON:
-        raise InputError(f"{path}: larger than {LARGEST_JSON} bytes, which no such file is")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse, object_pairs_hook=pairs)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-    except RecursionError:
-        raise InputError(f"{path}: JSON nested too deeply") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 ({error})") from error
-    except ValueError as error:
-        raise InputError(f"{path}: not valid JSON ({error})") from error
+def read_object(path: Path, required: bool = False, unique: bool = False) -> dict[str, Any]:
+    """The JSON object in one of a checkpoint's files; {} where one that is not `required` is not there. Raises InputError if
+    it is missing or damaged (`unique`: or a key occurs twice)."""
+    if not required and not path.is_file():
+        return {}
+    return an_object(read_json(path, unique, LARGEST_JSON), str(path), "it")
 
 
 def _index(folder: Path) -> dict[str, str]:
@@ -136,8 +114,7 @@ def _index(folder: Path) -> dict[str, str]:
     index = folder / INDEX
     if (folder / WEIGHTS).exists() or not index.exists():
         return {}
-    content = read_json(index, unique=True)
-    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    weight_map = read_object(index, unique=True).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{index}: no weight_map")
     for name, entry in weight_map.items():

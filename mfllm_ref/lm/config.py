@@ -51,8 +51,6 @@ class Config:
     @classmethod
     def from_json(cls, config: dict[str, Any], where: str) -> "Config":
         """From a parsed config.json. Raises InputError, beginning with `where`, on what we do not compute."""
-        if not isinstance(config, dict):
-            raise InputError(f"{where}: a JSON object was expected")
         model_type = config.get("model_type")
         if not isinstance(model_type, str) or model_type not in FAMILIES:
             raise InputError(f"{where}: model_type {model_type!r:.60} is not one of {', '.join(FAMILIES)}")

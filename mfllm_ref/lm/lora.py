@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from mfllm_ref import ranks
 from mfllm_ref.errors import InputError
 from mfllm_ref.lm.backbone import Backbone
-from mfllm_ref.lm.checkpoint import locate_tensors, read_json, read_tensor, save_folder
+from mfllm_ref.lm.checkpoint import locate_tensors, read_object, read_tensor, save_folder
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 ALL_LINEAR = "all-linear"  # PEFT's name for every linear layer but the head
@@ -89,7 +89,7 @@ class Adapters:
         """The adapter in the PEFT folder `path`. Raises InputError, naming option or tensor, if it is damaged, for
         another backbone, or uses what is not implemented here."""
         folder = Path(path)
-        options = read_json(folder / CONFIG)
+        options = read_object(folder / CONFIG, required=True)
         scales = self._new(name, options, str(folder / CONFIG))
         expected = {}
         for layer, (rank, _) in scales.items():

@@ -20,8 +20,8 @@ import sentencepiece
 import tokenizers
 
 from mfllm_ref.errors import InputError
-from mfllm_ref.lm.chat import ChatTemplate, read_object
-from mfllm_ref.lm.checkpoint import read_json
+from mfllm_ref.lm.chat import ChatTemplate
+from mfllm_ref.lm.checkpoint import read_object
 
 NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 USER_DEFINED, CONTROL = 4, 3  # sentencepiece's types of piece
@@ -189,7 +189,7 @@ class _Json(_Model):
     not begin the input, where some tokenizers put no space in front."""
 
     def __init__(self, path: Path, config: dict[str, Any]) -> None:
-        spec = read_json(path)
+        spec = read_object(path, required=True)
         try:
             self.full = tokenizers.Tokenizer.from_str(json.dumps(spec))
             named = {_content(config.get(key)) for key in NAMED} - {None}

@@ -1,7 +1,4 @@
-"""What can be known in agora: the ceiling table that calibrates it (`python -m mfllm_ref.society.agora_ceiling`).
-
-Mean KL of DESIGN section 6 (annotated labels, all dimensions, windows of 100 rollout actions) between each event's own
-rollout and six others:
+"""What can be known in agora: six continuations of an event, whose KL calibrates it (`python -m mfllm_ref.calibration ceiling`).
 
     floor        a second continuation of the real process from the same warm-up
     reader       the process by one who knows J and h, and estimates m from the warm-up's stances
@@ -17,18 +14,15 @@ policy that reads it, can come as far as "topic and m"; beyond, it would have to
 The mean field matters where m-blind is far above the floor; it can be read where the reader is near it.
 """
 
-import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import lru_cache, partial
 
 import numpy as np
 
 from mfllm_ref.society import agora
 from mfllm_ref.society.agora import NOISE, STANCES, UPDATE, WARMUP
-from mfllm_ref.society.annotate import annotate
-from mfllm_ref.society.events import DIMENSIONS, Action, Event
+from mfllm_ref.society.events import Action, Event
 
-WINDOW = 100
 PRIOR, BELIEVED = 200_000, 1_000  # worlds drawn from the prior, and how many of them that agree with a topic are weighed
 POPULATIONS = 64  # populations with a first opinion of their own, over which m-blind is marginalised
 
@@ -114,49 +108,3 @@ RIVALS: dict[str, Callable[[Event, int], list[Action]]] = {
     "floor": second_continuation, "reader": reader, "believer": believer, "topic and m": partial(believer, learns=False),
     "persistence": persistence, "m-blind": blind,
 }  # fmt: skip
-
-
-def counts(actions: Sequence[Action]) -> list[np.ndarray]:
-    """Annotated label counts [windows, labels] per dimension; the rollout of 250 has windows of 100, 100 and 50."""
-    read = [annotate(action.text, "en") for action in actions]
-    windows = [read[start:start + WINDOW] for start in range(0, len(read), WINDOW)]
-    return [np.array([[sum(row[name] == label for row in window) for label in labels] for window in windows])
-            for name, labels in DIMENSIONS.items()]
-
-
-def kl(real: Sequence[np.ndarray], simulated: Sequence[np.ndarray]) -> np.ndarray:
-    """KL(real || simulated) in nats per dimension [8], 0.5 added to each count, mean over windows (DESIGN 6)."""
-    values = []
-    for p, q in zip(real, simulated):
-        p, q = ((x + 0.5) / (x + 0.5).sum(axis=1, keepdims=True) for x in (p, q))
-        values.append(float((p * np.log(p / q)).sum(axis=1).mean()))
-    return np.array(values)
-
-
-def ceiling(split: str = "dev", events: int | None = None, seeds: int = 2) -> dict[str, np.ndarray]:
-    """Mean KL per rival and dimension [8], over the split's first `events` and `seeds` rollouts of each rival."""
-    total = {name: np.zeros(len(DIMENSIONS)) for name in RIVALS}
-    events = events or agora.SPLITS[split]
-    for index in range(events):
-        event = agora.event(split, index)
-        real = counts(event.actions[WARMUP:])
-        for name, continuation in RIVALS.items():
-            total[name] += sum(kl(real, counts(continuation(event, seed))) for seed in range(seeds)) / (seeds * events)
-    return total
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Print agora's ceiling table (mean KL in nats, per dimension).")
-    parser.add_argument("--split", choices=list(agora.SPLITS), default="dev")
-    parser.add_argument("--events", type=int, default=None)
-    parser.add_argument("--seeds", type=int, default=2)
-    args = parser.parse_args()
-    table = ceiling(args.split, args.events, args.seeds)
-    print("| continuation | mean | " + " | ".join(DIMENSIONS) + " |")
-    print("|---" * (len(DIMENSIONS) + 2) + "|")
-    for name, row in table.items():
-        print(f"| {name} | {row.mean():.3f} | " + " | ".join(f"{value:.3f}" for value in row) + " |")
-
-
-if __name__ == "__main__":
-    main()

@@ -8,21 +8,17 @@ Only the writer's own words count: `//@` chains, the name in a reply, 《titles�
 Emoticons such as [怒] are the writer's own sentiment label. What has no own word (an empty text, 转发微博, only
 mentions, links or a quote) is a share. A text without a cue gets the defaults below: a plain share passes the claim
 on, as told, without a word of its own, hence spread, calm, neutral, neutral, believe, objective, opinion.
-
-    python -m mfllm_ref.society.annotate --data PATH       agreement with the labels that the events carry
 """
 
-import argparse
 import json
 import re
-import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mfllm_ref.errors import InputError
-from mfllm_ref.society.events import DIMENSIONS, LANGUAGES, Event
+from mfllm_ref.society.events import DIMENSIONS, LANGUAGES
 
 if TYPE_CHECKING:
     from mfllm_ref.lm import LanguageModel
@@ -266,65 +262,3 @@ class LMAnnotator:
             flat = self.lm.log_prob(prompts, continuations, worlds=worlds).tolist()
         width = len(flat) // len(texts)
         return [flat[row * width:(row + 1) * width] for row in range(len(texts))]
-
-
-Annotator = Callable[[Sequence[str], str], list[dict[str, str]]]
-
-
-def macro_f1(true: Sequence[str], predicted: Sequence[str]) -> float:
-    """Unweighted mean of F1 over the labels that occur in either list."""
-    scores = []
-    for label in set(true) | set(predicted):
-        hits = sum(t == p == label for t, p in zip(true, predicted))
-        scores.append(2 * hits / (true.count(label) + predicted.count(label)))
-    return sum(scores) / len(scores)
-
-
-def agreement(events: Iterable[Event], annotator: Annotator) -> dict[str, dict[str, float]]:
-    """Predicted labels against those the actions carry, by dimension: accuracy, macro-F1, both for the majority, count.
-
-    The row `question` asks of every action with a label whether its intent is a question: RumourEval marks only those.
-    """
-    pairs: dict[str, list[tuple[str, str]]] = {dimension: [] for dimension in (*DIMENSIONS, "question")}
-    for event in events:
-        labelled = [action for action in event.actions if action.labels]
-        for action, guess in zip(labelled, annotator([action.text for action in labelled], event.language)):
-            for dimension, label in action.labels.items():
-                pairs[dimension].append((label, guess[dimension]))
-            asks = [str(labels.get("intent") == "question") for labels in (action.labels, guess)]
-            pairs["question"].append((asks[0], asks[1]))
-    table = {}
-    for dimension, found in pairs.items():
-        true, guessed = zip(*found) if found else ((), ())
-        if len(set(true)) > 1:  # where all actions carry the same label, there is nothing to tell apart
-            row = table[dimension] = {"count": len(true)}
-            for name, labels in (("", guessed), ("majority_", (max(sorted(set(true)), key=true.count),) * len(true))):
-                row[f"{name}accuracy"] = sum(t == p for t, p in zip(true, labels)) / len(true)
-                row[f"{name}macro_f1"] = macro_f1(true, labels)
-    return table
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    from mfllm_ref.society import agora, readers  # only the command needs events, the annotators see texts alone
-
-    parser = argparse.ArgumentParser(prog="python -m mfllm_ref.society.annotate", description="Agreement of the rules "
-                                     "with the labels that events carry, beside always guessing the commonest label.")
-    parser.add_argument("--data", type=Path, help="events with labels (default: the built-in world's dev split)")
-    data = parser.parse_args(arguments).data
-    try:
-        own = (agora.event("dev", index) for index in range(agora.SPLITS["dev"]))
-        table = agreement(readers.load_events(data) if data else own, RuleAnnotator())
-        if not table:
-            raise InputError(f"{data}: its actions carry no labels to compare with")
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return 2
-    print(f"{'dimension':<20}{'accuracy':>10}{'majority':>10}{'macro-F1':>10}{'majority':>10}{'count':>9}")
-    for dimension, row in table.items():
-        numbers = (row["accuracy"], row["majority_accuracy"], row["macro_f1"], row["majority_macro_f1"])
-        print(f"{dimension:<20}" + "".join(f"{number:>10.3f}" for number in numbers) + f"{row['count']:>9}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

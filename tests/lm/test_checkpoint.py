@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import mfllm_ref.lm.checkpoint as checkpoint
 from mfllm_ref.errors import InputError
 from mfllm_ref.lm.backbone import Backbone
-from mfllm_ref.lm.checkpoint import load_backbone, read_json, save_backbone
+from mfllm_ref.lm.checkpoint import load_backbone, read_object, save_backbone
 from mfllm_ref.lm.config import Config
 
 SMALL = {
@@ -321,9 +321,9 @@ except InputError as error:
 
 def test_json_with_a_repeated_key_is_refused_where_it_must_be_unique(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text('{"a": {"b": 1, "b": 2}}')
-    assert read_json(tmp_path / "x.json") == {"a": {"b": 2}}
+    assert read_object(tmp_path / "x.json") == {"a": {"b": 2}}
     with pytest.raises(InputError, match="x.json.*'b'"):
-        read_json(tmp_path / "x.json", unique=True)
+        read_object(tmp_path / "x.json", unique=True)
 
 
 def test_no_byte_of_the_header_can_crash_the_loader(tmp_path: Path) -> None:

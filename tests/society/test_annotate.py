@@ -1,23 +1,19 @@
-"""The annotators: what counts as the writer's own words, what the cues say, and how agreement is measured."""
+"""The annotators: what counts as the writer's own words, and what the cues say."""
 
 import json
-import re
 import time
-import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.metrics import f1_score
 
 import mfllm_ref.society.annotate as module
 from mfllm_ref.errors import InputError
-from mfllm_ref.society.annotate import LMAnnotator, RuleAnnotator, agreement, annotate, macro_f1, main
-from mfllm_ref.society.events import DIMENSIONS, Action, Agent, Event
+from mfllm_ref.society.annotate import LMAnnotator, RuleAnnotator, annotate
+from mfllm_ref.society.events import DIMENSIONS
 
-FIXTURES = Path(__file__).parent / "fixtures"
 LEXICON = json.loads(Path(module.__file__).with_name("lexicon.json").read_text(encoding="utf-8"))
 PLAIN_SHARE = dict(rumor="spread", sentiment_state="calm", sentiment_tendency="neutral", behavior_type="share",
                    stance="neutral", belief_degree="believe", subjectivity="objective", intent="opinion")
@@ -174,50 +170,6 @@ def test_the_lexicon_is_in_order():
         for name, cues in LEXICON[language].items():
             assert len(set(cues.split())) == len(cues.split()), name
             assert cues == cues.lower() and not set(cues) & set(pairs[::2]), name
-
-
-# Agreement
-
-some_labels = st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from("abcd")), min_size=1, max_size=30)
-
-
-@settings(derandomize=True, deadline=None, max_examples=60)
-@given(pairs=some_labels)
-def test_macro_f1_is_sklearns(pairs):
-    """Macro-F1 over the labels that occur in either list, a label without a hit counting 0."""
-    true, predicted = map(list, zip(*pairs))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        assert macro_f1(true, predicted) == pytest.approx(f1_score(true, predicted, average="macro"))
-
-
-def labelled(*pairs):
-    return Event("e", "t", "d", "en", tuple(Action(Agent("a"), text, 0.0, labels=labels) for text, labels in pairs))
-
-
-def test_agreement_counts_only_labelled_actions_and_knows_the_majority():
-    table = agreement([labelled(("I agree", {"stance": "support"}), ("I disagree", {"stance": "oppose"}), ("hm", {}),
-                                ("why?", {"stance": "neutral", "intent": "question"}), ("ok", {"stance": "support"}))],
-                      RuleAnnotator())
-    assert set(table) == {"stance", "question"}
-    assert table["stance"]["count"] == 4 and table["stance"]["accuracy"] == 0.75
-    assert table["stance"]["majority_accuracy"] == 0.5
-    assert table["stance"]["majority_macro_f1"] == pytest.approx(2 / 9)
-    assert table["question"]["accuracy"] == 1.0 and table["question"]["majority_accuracy"] == 0.75
-
-
-def test_the_command_prints_the_table(capsys):
-    assert main(["--data", str(FIXTURES / "rumoureval" / "train")]) == 0
-    rows = capsys.readouterr().out.splitlines()
-    assert [re.split(r" +", row)[0] for row in rows] == ["dimension", "stance", "question"]
-    assert rows[1].split()[-1] == "5"
-
-
-@pytest.mark.parametrize("path, cause", [("absent.jsonl", "no such file"), ("rumdect", "no labels")])
-def test_the_command_refuses_in_one_line(capsys, path, cause):
-    assert main(["--data", str(FIXTURES / path)]) == 2
-    captured = capsys.readouterr()
-    assert captured.out == "" and captured.err.count("\n") == 1 and cause in captured.err and path in captured.err
 
 
 # The language model

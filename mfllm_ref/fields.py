@@ -12,9 +12,11 @@ from typing import Any
 from mfllm_ref.errors import InputError
 
 
-def read_json(path: Path) -> Any:
-    """What the file holds, see `read_text` and `parse_json`."""
-    return parse_json(read_text(path), str(path))
+def read_json(path: Path, unique: bool = True, largest: int | None = None) -> Any:
+    """What the file holds, see `parse_json`. largest: bytes; a file that has more is refused unread."""
+    if largest is not None and path.is_file() and path.stat().st_size > largest:
+        raise InputError(f"{path}: larger than {largest} bytes, which no such file is")
+    return parse_json(read_text(path), str(path), unique)
 
 
 def read_text(path: Path) -> str:
@@ -23,24 +25,28 @@ def read_text(path: Path) -> str:
         raise InputError(f"{path}: {'not a regular file' if path.exists() else 'no such file or folder'}")
     try:
         return path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 (byte {error.start})") from None
 
 
-def parse_json(text: str, where: str) -> Any:
-    """Strict JSON: NaN, infinities and keys that occur twice are malformed too."""
+def parse_json(text: str, where: str, unique: bool = True) -> Any:
+    """Strict JSON: NaN, infinities and, if `unique`, keys that occur twice in an object are malformed too."""
 
     def constant(name: str) -> None:
         raise ValueError(f"{name} is not a JSON number")
 
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(pairs)
-        if len(result) < len(pairs):
-            raise ValueError("a key occurs twice in one object")
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(items)
+        if unique and len(result) < len(items):
+            keys = [key for key, _ in items]
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise ValueError(f"the key {show(twice)} occurs twice in one object")
         return result
 
     try:
-        return json.loads(text, parse_constant=constant, object_pairs_hook=unique)
+        return json.loads(text, parse_constant=constant, object_pairs_hook=pairs)
     except RecursionError:
         raise InputError(f"{where}: JSON nested too deeply") from None
     except ValueError as error:

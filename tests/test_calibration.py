@@ -1,0 +1,82 @@
+"""What the measures rest on: agora's ceiling, and how agreement with known labels is measured."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from mfllm_ref import calibration, doors, metrics
+from mfllm_ref.calibration import agreement, ceiling
+from mfllm_ref.society import agora
+from mfllm_ref.society.agora_ceiling import RIVALS
+from mfllm_ref.society.annotate import RuleAnnotator
+from mfllm_ref.society.events import DIMENSIONS, Action, Agent, Event
+
+FIXTURES = Path(__file__).parent / "society" / "fixtures"
+
+
+@pytest.fixture
+def command(capsys, monkeypatch):
+    """(exit code, stdout, stderr) of the command with some arguments."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["calibration", *map(str, arguments)])
+        code = doors.run_door("calibration", calibration.main)
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def test_calibration():
+    """On dev the mean field matters (m-blind is at least 4 floors) and can be read (the reader is near the floor)."""
+    table = {name: row.mean() for name, row in ceiling("dev", seeds=1).items()}
+    assert table["floor"] <= table["m-blind"] / 4 and table["floor"] <= table["persistence"] / 3
+    assert table["floor"] < table["reader"] < 1.5 * table["floor"]
+    assert table["reader"] < table["believer"] < table["topic and m"] < table["m-blind"], "the more is known, the better"
+
+
+def test_annotator_reads_the_words():
+    """The rule annotator recovers the generating labels: lexicon and wording were fitted to each other, so no more."""
+    table = agreement([agora.event("dev", index) for index in range(70)], RuleAnnotator())
+    for dimension in DIMENSIONS:
+        assert table[dimension]["accuracy"] >= 0.9
+        assert table[dimension]["majority_accuracy"] < 0.85
+
+
+def labelled(*pairs):
+    return Event("e", "t", "d", "en", tuple(Action(Agent("a"), text, 0.0, labels=labels) for text, labels in pairs))
+
+
+def test_agreement_counts_only_labelled_actions_and_knows_the_majority():
+    table = agreement([labelled(("I agree", {"stance": "support"}), ("I disagree", {"stance": "oppose"}), ("hm", {}),
+                                ("why?", {"stance": "neutral", "intent": "question"}), ("ok", {"stance": "support"}))],
+                      RuleAnnotator())
+    assert set(table) == {"stance", "question"}
+    assert table["stance"]["count"] == 4 and table["stance"]["accuracy"] == 0.75
+    assert table["stance"]["majority_accuracy"] == 0.5
+    assert table["stance"]["majority_macro_f1"] == pytest.approx(2 / 9)
+    assert table["question"]["accuracy"] == 1.0 and table["question"]["majority_accuracy"] == 0.75
+
+
+def test_the_command_prints_the_table(command):
+    code, out, _ = command("annotator", "--data", FIXTURES / "rumoureval" / "train")
+    cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in out.splitlines()]
+    assert code == 0 and [row[0] for row in cells] == ["dimension", "---", "stance", "question"]
+    assert cells[2][-1] == "5"
+
+
+def test_the_ceiling_is_the_metrics_own_kl(command):
+    """One event, one continuation: the table's row is `kl_between` of the annotated rollouts."""
+    code, out, _ = command("ceiling", "--events", "1", "--seeds", "1")
+    row = next(row.split("|") for row in out.splitlines() if row.startswith("| persistence"))
+    event = agora.event("dev", 0)
+    sides = (event.actions[agora.WARMUP :], RIVALS["persistence"](event, 0))
+    real, other = (metrics.encode(RuleAnnotator()([a.text for a in side], "en")) for side in sides)
+    kl = metrics.kl_between(real, other)
+    assert code == 0 and [cell.strip() for cell in row[2:-1]] == [f"{value:.3f}" for value in (kl.mean(), *kl)]
+
+
+@pytest.mark.parametrize("path, cause", [("absent.jsonl", "no such file"), ("rumdect", "no labels")])
+def test_the_command_refuses_in_one_line(command, path, cause):
+    code, out, error = command("annotator", "--data", FIXTURES / path)
+    assert code == 2 and out == "" and error.count("\n") == 1 and cause in error and path in error
