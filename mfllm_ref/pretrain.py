@@ -38,11 +38,11 @@ from mfllm_ref.training import load_optimizer_tensors, load_state, optimizer_ten
 HELD_OUT = 20  # events that the response curve is drawn on
 TOKENIZER_DOCUMENTS = 6000  # that the tokenizer is trained on
 END = "<|endoftext|>"
-# Newlines stand alone (they end prompts and sections), and an emoticon in brackets is one piece. A label and the tens of its
-# percentage are one piece (` oppose 4`, then `3%`): what the population does can then be read off single tokens by any
-# attention head, where label and digits apart would first have to be brought together.
+# Newlines stand alone (they end prompts and sections), and an emoticon in brackets is one piece. A label and its percentage
+# are one piece (` oppose 45%`): what the population does can then be read off single tokens by any attention head, where
+# label and digits apart would first have to be brought together.
 PIECES = (
-    r"\n|\[[^\[\]\s]{1,8}\]| ?[\p{L}\p{M}]+ ?(?:10(?=0%)|\d(?=\d%))| ?\d%| ?\d| ?[\p{L}\p{M}]+('\p{L}+)?"
+    r"\n|\[[^\[\]\s]{1,8}\]| ?[\p{L}\p{M}]+ ?\d{2,3}%| ?\d%| ?\d| ?[\p{L}\p{M}]+('\p{L}+)?"
     r"| ?[^\s\p{L}\p{N}]| ?\p{N}|\s"
 )
 
@@ -60,7 +60,7 @@ class Shape:
 
 
 SHAPES = {
-    "tiny": Shape(dim=192, layers=6, heads=6, kv_heads=2, intermediate=512, vocab=2048),
+    "tiny": Shape(dim=192, layers=6, heads=6, kv_heads=2, intermediate=512, vocab=2304),
     "small": Shape(dim=256, layers=6, heads=8, kv_heads=2, intermediate=768, vocab=8192),
 }
 
@@ -111,7 +111,7 @@ def tokenizer_files() -> dict[str, dict[str, object]]:
 
 def sample_texts(corpus: Corpus, count: int, seed: int) -> Iterator[str]:
     """Texts to train a tokenizer on: whole documents, as the backbone will see them, and as many random populations in
-    words, so that every label with every tens is frequent enough to be one token."""
+    words, so that every label with every share is frequent enough to be one token."""
     rng = np.random.default_rng([seed, 0])
     for _ in range(count):
         _, document = corpus.draw(rng)

@@ -75,13 +75,13 @@ def test_drawing_the_tokenizers_texts_hears_ctrl_c():
     assert threads == {threading.main_thread().ident}
 
 
-def test_a_label_and_its_tens_are_one_piece():
-    """Units stand alone with their sign; wherever a share is stated, one token holds the label and the tens."""
-    trained = pretrain.train_tokenizer(["stance: support 43% oppose 05% neutral 100%；立场：支持43% 反对05%"] * 20, 900)
-    assert trained.encode("stance: oppose 05% neutral 100% support 43%").tokens[2:] == [
-        " oppose 0", "5%", " neutral 10", "0%", " support 4", "3%",
+def test_a_label_and_its_share_are_one_piece():
+    """Wherever a share is stated, one token holds the label and its percentage."""
+    trained = pretrain.train_tokenizer(["stance: support 45% oppose 05% neutral 100%；立场：支持45% 反对05%"] * 20, 900)
+    assert trained.encode("stance: oppose 05% neutral 100% support 45%").tokens[2:] == [
+        " oppose 05%", " neutral 100%", " support 45%",
     ]  # fmt: skip
-    assert trained.encode("立场：支持43% 反对05%").tokens[-4:] == ["支持4", "3%", " 反对0", "5%"]
+    assert trained.encode("立场：支持45% 反对05%").tokens[-2:] == ["支持45%", " 反对05%"]
 
 
 def test_optimizer_state_survives_tensors():

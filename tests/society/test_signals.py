@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mfllm_ref.society.events import DIMENSIONS
-from mfllm_ref.society.signals import HALF_LIFE, History, Seen, parse, shares, verbalise
+from mfllm_ref.society.signals import GRID, HALF_LIFE, History, Seen, parse, shares, verbalise
 
 CHECK = settings(deadline=None, derandomize=True, max_examples=60)
 LABELS = st.fixed_dictionaries({d: st.sampled_from(names) for d, names in DIMENSIONS.items()})
@@ -29,13 +29,13 @@ def populations(draw):
 @CHECK
 @given(populations(), st.sampled_from(["en", "zh"]))
 def test_verbalise_and_parse_are_inverse_within_rounding(population, language):
-    """Shares put into words and read back differ by less than one percentage point a label."""
+    """Shares put into words and read back differ by less than a step of the words' grid."""
     text = verbalise(population, language)
     back = parse(text, language)
     assert set(back) == set(DIMENSIONS)
     for dimension in DIMENSIONS:
-        assert np.abs(back[dimension] - population[dimension]).max() < 0.01 + 1e-9
-    assert verbalise(back, language) == text, "whole percentages survive the round trip exactly"
+        assert np.abs(back[dimension] - population[dimension]).max() < GRID / 100 + 1e-9
+    assert verbalise(back, language) == text, "what was said survives the round trip exactly"
 
 
 def test_parse_reads_what_is_there():
