@@ -122,7 +122,7 @@ class Past:
 class Mixture:
     """What share of documents is of which sort."""
 
-    summaries: float = 0.4
+    summaries: float = 0.25
     prior: float = 0.1  # of the summaries
     signals: tuple[float, ...] = (0.12, 0.16, 0.16, 0.56)  # of the policy documents, in the order of KINDS
     shuffled: float = 0.0  # of the policy documents: the signal is another event's
