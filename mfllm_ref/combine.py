@@ -1,8 +1,9 @@
 """Several simulations as one table: python -m mfllm_ref.combine RUN RUN [...]
 
-Each RUN is a finished folder of simulate.py, all of the same events; what differs is, as a rule, the seed that adapters were
-trained with. A method's rollouts of one event, whichever runs they are in, are averaged before anything else, so intervals
-are over events. Methods that nothing was trained for need only be in one of the runs. The table is Markdown.
+Each RUN is a finished folder of simulate.py. Runs of the same events are, as a rule, of adapters that were trained with different
+seeds: a method's rollouts of one event, whichever runs they are in, are averaged before anything else, so intervals are over
+events; methods that nothing was trained for need only be in one of the runs. Runs without a common event, as in leaving
+one event out after another, add their events. The table is Markdown.
 """
 
 import sys
@@ -18,42 +19,46 @@ from mfllm_ref.metrics import OURS
 from mfllm_ref.runs import RUN_FILE, read_json_lines
 from mfllm_ref.fields import read_json
 
-SAME = ("events", "agents", "batch", "warmup")  # settings without which runs cannot be compared
+SAME = ("agents", "batch", "warmup")  # settings without which runs cannot be compared
 MEASURES = ("wasserstein", "dtw", "macro_f1", "micro_f1")
 
 
 def combine(folders: Sequence[Path]) -> tuple[dict, dict[str, list[float]]]:
     """(`metrics.evaluate` of all the runs' rollouts together, each method's mean KL by run). Raises InputError for a folder
-    that holds no finished simulation, or one of other events, agents, batch or warm-up."""
-    records = [_finished(folder) for folder in folders]
-    for folder, record in zip(folders, records, strict=True):
+    that holds no finished simulation, or one of other agents, batch or warm-up, or that shares some of its events with
+    another but not all."""
+    settings = [_finished(folder) for folder in folders]
+    for number, (folder, own) in enumerate(zip(folders, settings, strict=True)):
         for key in SAME:
-            if record["settings"].get(key) != records[0]["settings"].get(key):
+            if own.get(key) != settings[0].get(key):
                 raise InputError(f"{folder}: its {key} are not those of {folders[0]}")
+        for other, theirs in zip(folders[:number], settings[:number], strict=True):
+            if 0 < len({*own["events"]} & {*theirs["events"]}) < len({*own["events"], *theirs["events"]}):
+                raise InputError(f"{folder}: shares some of its events with {other}, not all")
     worlds: metrics.Worlds = {}
     by_run: dict[str, list[float]] = {}
     rows = []
-    for number, folder in enumerate(folders):
+    floors: dict[str, np.ndarray] = {}
+    for number, (folder, known) in enumerate(zip(folders, settings, strict=True)):
         own = read_json(folder / "metrics.json")
         for method, entry in own["methods"].items():
             by_run.setdefault(method, []).append(entry["kl"]["mean"])
         for (event, method, seed), world in metrics.collect(read_json_lines(folder / "trajectory.jsonl")).items():
             worlds[event, method, seed * len(folders) + number] = world
         rows += read_json_lines(folder / "likelihood.jsonl")
-    # The floor is the real events' own, so every run has the same. Its mean is all that the table needs of it.
-    floor = np.array([own["floor"][dimension] for dimension in metrics.LABELS])
-    events = records[0]["settings"]["events"]
-    whole = metrics.evaluate(worlds, dict.fromkeys(events, ""), dict.fromkeys(events, floor), simulation.nll(rows))
-    return whole, by_run
+        # The floor is the real events' own, so runs of the same events agree on it. Its mean is all that the table needs of it.
+        floors |= dict.fromkeys(known["events"], np.array([own["floor"][dimension] for dimension in metrics.LABELS]))
+    return metrics.evaluate(worlds, dict.fromkeys(floors, ""), floors, simulation.nll(rows)), by_run
 
 
 def _finished(folder: Path) -> dict:
+    """The settings of a finished simulation."""
     record = read_json(folder / RUN_FILE)
     if not isinstance(record, dict) or record.get("status") != "finished":
         raise InputError(f"{folder}: not a finished run")
     if record.get("settings", {}).get("command") != "simulate.py":
         raise InputError(f"{folder}: not a run of simulate.py")
-    return record
+    return record["settings"]
 
 
 def table(whole: Mapping, by_run: Mapping[str, Sequence[float]]) -> str:
@@ -79,7 +84,7 @@ def _interval(ends: Sequence[float] | None) -> str:
 def headline(whole: Mapping) -> str:
     """How far mf-llm is below the mean of the rivals that the paper compares it with, and how much of each gap it closes."""
     found = {name: entry["kl"]["mean"] for name, entry in whole["methods"].items()}
-    lines = []
+    lines = [whole["notes"]["events"]] if "events" in whole["notes"] else []
     for rivals in (("state", "recent", "popular"), ("state", "recent", "popular", "sft")):
         if all(name in found for name in (OURS, *rivals)):
             below = 1 - found[OURS] / np.mean([found[name] for name in rivals])

@@ -1,4 +1,5 @@
-"""Several runs in one table: means over runs within an event, intervals over events, and no runs that cannot be compared."""
+"""Several runs in one table: means over runs within an event, intervals over events, added events, and no runs that cannot be
+compared."""
 
 import json
 import sys
@@ -12,11 +13,11 @@ from mfllm_ref.society.events import DIMENSIONS
 EVENTS = ("a", "b", "c")
 
 
-def make_run(folder, seed, methods=("state", "mf-llm"), **settings):
+def make_run(folder, seed, methods=("state", "mf-llm"), events=EVENTS, **settings):
     """A finished run's folder with labels drawn from `seed`, and what its metrics.json says; real labels are always the same."""
     rng, real = np.random.default_rng(seed), np.random.default_rng(0)
     rows = []
-    for event in EVENTS:
+    for event in events:
         truth = [{name: labels[real.integers(len(labels))] for name, labels in DIMENSIONS.items()} for _ in range(60)]
         for method in methods:
             for index, labels in enumerate(truth):
@@ -26,12 +27,12 @@ def make_run(folder, seed, methods=("state", "mf-llm"), **settings):
                 rows.append({"event": event, "method": method, "seed": 0, "index": index, "phase": "rollout",
                              "labels": drawn, "real_labels": labels})  # fmt: skip
     likelihood = [{"method": method, "nll": 2.0 + seed, "tokens": 1} for method in methods]
-    own = metrics.evaluate(metrics.collect(rows), dict.fromkeys(EVENTS, "news"))
+    own = metrics.evaluate(metrics.collect(rows), dict.fromkeys(events, "news"))
     folder.mkdir()
     for name, lines in (("trajectory", rows), ("likelihood", likelihood)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
     (folder / "metrics.json").write_text(json.dumps(own))
-    known = {"command": "simulate.py", "events": EVENTS, "agents": 60, "batch": 10, "warmup": 0, **settings}
+    known = {"command": "simulate.py", "events": events, "agents": 60, "batch": 10, "warmup": 0, **settings}
     (folder / "run.json").write_text(json.dumps({"status": "finished", "settings": known}))
     return folder, own
 
@@ -65,13 +66,28 @@ def test_runs_are_averaged_within_an_event(tmp_path):
     assert combine.headline(whole).startswith(f"mf-llm is {below:.0%} below the mean of state, recent, popular\n")
 
 
+def test_runs_without_a_common_event_add_their_events(tmp_path):
+    """An event's KL is what its own run says; the floor's mean is over all events; a method that a run lacks costs its events."""
+    made = [make_run(tmp_path / "0", 1, events=("a", "b")), make_run(tmp_path / "1", 2, events=("c",))]
+    whole, by_run = combine.combine([folder for folder, _ in made])
+    for method in ("state", "mf-llm"):
+        apart = {event: kl for _, own in made for event, kl in own["kl_by_event"][method].items()}
+        assert whole["kl_by_event"][method] == pytest.approx(apart) and len(by_run[method]) == 2
+    floors = [own["floor"]["mean"] for _, own in made]
+    assert whole["floor"]["mean"] == pytest.approx((2 * floors[0] + floors[1]) / 3)
+    more, _ = make_run(tmp_path / "2", 3, ("state", "recent", "mf-llm"), events=("d",))
+    whole, _ = combine.combine([made[0][0], more])
+    assert list(whole["kl_by_event"]["mf-llm"]) == ["d"]
+    assert combine.headline(whole).splitlines()[0] == "2 of 3 events left out: not every method has them"
+
+
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
         ({"status": "interrupted"}, "not a finished run"),
         ({"settings": {"command": "train.py"}}, "not a run of simulate.py"),
-        ({"settings": {"command": "simulate.py", "events": ["a"], "agents": 60, "batch": 10, "warmup": 0}}, "its events are not those of"),
-        ({"settings": {"command": "simulate.py"}}, "its events are not those of"),
+        ({"settings": {"command": "simulate.py", "events": ["a"], "agents": 60, "batch": 10, "warmup": 0}}, "shares some of its events with"),
+        ({"settings": {"command": "simulate.py", "events": EVENTS, "agents": 61}}, "its agents are not those of"),
     ],
 )
 def test_what_cannot_be_compared_is_one_line(damage, said, tmp_path, monkeypatch, capsys):
