@@ -3,12 +3,14 @@
 import argparse
 import os
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
 from mfllm_ref import ranks
-from mfllm_ref.errors import InputError
+from mfllm_ref.errors import InputError, Notice
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
@@ -89,11 +91,26 @@ def fast_bfloat16() -> bool:
     return getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
 
 
+@contextmanager
+def _notices(name: str) -> Iterator[None]:
+    """Within, a `Notice` is one line that begins with the door's name; other warnings look as ever."""
+    usual = warnings.formatwarning
+
+    def formatted(message: Warning | str, category: type[Warning], *place: object) -> str:
+        return f"{name}: {message}\n" if issubclass(category, Notice) else usual(message, category, *place)
+
+    warnings.formatwarning = formatted
+    try:
+        yield
+    finally:
+        warnings.formatwarning = usual
+
+
 def run_door(name: str, main: Callable[[], None]) -> int:
     """Run a door: exit code 0, 2 with one line on stderr for bad input, 130 on Ctrl-C. Under torchrun one process prints
     that line, and the code is 1 where another process has ended without one."""
     try:
-        with ranks.job():
+        with _notices(name), ranks.job():
             main()
         return 0
     except (InputError, OSError) as error:  # the system's own: a path too long, or one it lets nobody look at

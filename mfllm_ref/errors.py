@@ -1,4 +1,4 @@
-"""The one error a user is meant to see.
+"""The one error a user is meant to see, and the one warning.
 
 Whatever is wrong with what the user gave us (a file, a folder, an option) is an `InputError` whose message is a single
 line naming what is wrong and where. The doors print that line and exit with code 2; every other exception is our bug.
@@ -10,3 +10,7 @@ class InputError(ValueError):
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.split()))
+
+
+class Notice(UserWarning):
+    """What a user should know of a run that goes on. The doors print its one line, without the place in the code."""

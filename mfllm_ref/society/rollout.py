@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from mfllm_ref.errors import InputError
+from mfllm_ref.errors import InputError, Notice
 from mfllm_ref.lm import LanguageModel
 from mfllm_ref.society import prompts
 from mfllm_ref.society.events import Event, action_ids, hashed
@@ -192,7 +192,7 @@ def _fitting(
                     f"event {state.world.event.id}, method {state.world.method.name}: a prompt that tells no more than it "
                     f"must does not fit into the backbone's {limit} positions with {room} tokens to follow"
                 )
-            warnings.warn(TOO_LONG, stacklevel=2)
+            warnings.warn(TOO_LONG, Notice, stacklevel=2)
             texts[i], out[i] = shorter, _prompt(lm, shorter, settings)
     return out
 

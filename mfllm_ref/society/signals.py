@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mfllm_ref.errors import Notice
 from mfllm_ref.society.events import DIMENSIONS, hashed
 from mfllm_ref.society.prompts import Signal
 
@@ -157,7 +158,7 @@ class History:
         """
         if kind == "mean-field":
             if self.newest and not mean_field:
-                warnings.warn("a mean-field model wrote an empty summary, which tells the next step nothing", stacklevel=2)
+                warnings.warn("a mean-field model wrote an empty summary, which tells the next step nothing", Notice, stacklevel=2)
             return Signal("population", (mean_field,)) if mean_field else None
         if kind == "none" or not self.newest:
             return None
