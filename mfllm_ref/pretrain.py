@@ -33,7 +33,7 @@ from mfllm_ref.society.corpus import Corpus, Document, Mixture, Past, pretrainin
 from mfllm_ref.society.events import DIMENSIONS, Event
 from mfllm_ref.society.response import response_curves, slope
 from mfllm_ref.society.signals import verbalise
-from mfllm_ref.training import load_optimizer_tensors, load_state, optimizer_tensors, save_state
+from mfllm_ref.training import STATE, load_optimizer_tensors, load_state, optimizer_tensors, save_state
 
 HELD_OUT = 20  # events that the response curve is drawn on
 TOKENIZER_DOCUMENTS = 6000  # that the tokenizer is trained on
@@ -315,7 +315,7 @@ def run(run: Run, settings: Mapping[str, Any], events: Sequence[Event] | None, d
         write_bytes(run.out / "tokenizer.json", trained.to_str(pretty=False).encode())
     ranks.gather(None)  # all read what rank 0 has written
     tokenizer = Tokenizer.load(run.out)
-    shape, state = SHAPES[settings["shape"]], run.out / "state.safetensors"
+    shape, state = SHAPES[settings["shape"]], run.out / STATE
     backbone = Backbone(config_for(settings["model_type"], shape, tokenizer.vocab_size))
     initialise(backbone, torch.Generator().manual_seed(settings["seed"]))
     backbone.to(device)
@@ -346,5 +346,5 @@ def run(run: Run, settings: Mapping[str, Any], events: Sequence[Event] | None, d
     ranks.gather(None)
     lm = LanguageModel.load(run.out, device=device)
     response = {d: round(slope(acted), 3) for d, acted in response_curves(lm, held_out, corpus.annotate).items()}
-    state.unlink(missing_ok=True)
+    log.append([{"response": response}])
     return {"parameters": sum(p.numel() for p in backbone.parameters()), "response": response}

@@ -201,11 +201,11 @@ def figure(worlds: Worlds, metrics: Mapping, path: Path) -> None:
 def loss_curve(rows: Iterable[Mapping], path: Path, keys: Sequence[str] = ("loss", "dev_loss")) -> None:
     """Write the curves of a training log as PNG: one panel a `stage`, its `keys` against `step`, each on its own scale.
 
-    rows: of log.jsonl, each with "step", optionally "stage", and those of `keys` it has; others and nulls are passed
-    over. A key with many points is drawn faintly, with its running median on top. An empty log is an empty picture.
+    rows: of log.jsonl, each with "step", optionally "stage", and those of `keys` it has; others, nulls and rows without a
+    step are passed over. A key with many points is drawn faintly, with its running median on top. An empty log is an empty picture.
     """
     stages: dict[str, dict[str, list[tuple[float, float]]]] = {}
-    for row in rows:
+    for row in (row for row in rows if "step" in row):
         curves = stages.setdefault(str(row.get("stage", "training")), {})
         for key in keys:
             if row.get(key) is not None:

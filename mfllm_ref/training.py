@@ -12,6 +12,8 @@ from torch import Tensor
 from mfllm_ref.errors import InputError
 from mfllm_ref.runs import write_bytes
 
+STATE = "state.safetensors"  # in a run's folder, until the run is finished
+
 
 def optimizer_tensors(optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
     """The optimizers' state as named tensors: `<optimizer>.<parameter>.<entry>`."""

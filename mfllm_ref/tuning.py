@@ -24,7 +24,7 @@ from mfllm_ref.society.events import Event, hashed
 from mfllm_ref.fields import read_json
 from mfllm_ref.society.response import response_curves, slope, true_response
 from mfllm_ref.society.rollout import METHODS, Annotator
-from mfllm_ref.training import load_optimizer_tensors, load_state, optimizer_tensors, save_state
+from mfllm_ref.training import STATE, load_optimizer_tensors, load_state, optimizer_tensors, save_state
 
 MEAN_FIELD, POLICY = "mean-field", "policy"
 RIVALS = ("sft", "recent-sft", "popular-sft", "empirical-sft")
@@ -120,7 +120,7 @@ class Tuner:
         """policy: the adapter whose likelihood is the mean-field stage's reward (None: the bare backbone)."""
         self.run, self.lm, self.tuned, self.dev = run, lm, tuned, dev
         self.settings, self.rank, self.save_every, self.policy, self.progress = settings, rank, save_every, policy, progress
-        self.log, self.state = run.lines("log.jsonl"), run.out / "state.safetensors"
+        self.log, self.state = run.lines("log.jsonl"), run.out / STATE
 
     def all(self, todo: Sequence[Job]) -> None:
         """Tune the jobs' adapters in order, or go on where the run's folder stands."""

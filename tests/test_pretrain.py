@@ -146,8 +146,9 @@ def test_a_pretrained_folder_loads_in_transformers_and_a_killed_run_resumes_to_t
     assert (oracle(ids).logits - lm.backbone(ids)).abs().max() < 1e-4
     # Not AutoTokenizer: it forces Qwen2's own pieces on every checkpoint of type qwen2.
     assert PreTrainedTokenizerFast.from_pretrained(tmp_path / "whole").encode("Topic: a dam\nPost:\n") == ids[0].tolist()
-    log = [json.loads(line) for line in open(tmp_path / "whole" / "log.jsonl")]
+    *log, last = [json.loads(line) for line in open(tmp_path / "whole" / "log.jsonl")]
     assert [row["step"] for row in log] == [0, 1, 2, 3] and (tmp_path / "whole" / "loss.png").stat().st_size > 5000
+    assert last == {"response": json.loads((tmp_path / "whole" / "run.json").read_text())["response"]}
 
     write = training.write_bytes
 

@@ -81,7 +81,7 @@ def test_a_run_writes_adapters_logs_and_pictures_and_resumes_to_the_same_bytes(o
     lm = LanguageModel.load(options[3])
     for name in adapters:
         lm.load_adapter(name, whole / name)
-    rows = [json.loads(line) for line in open(whole / "log.jsonl")]
+    *rows, last = [json.loads(line) for line in open(whole / "log.jsonl")]
     assert [row["step"] for row in rows if row["stage"] == "mean-field"] == [0, 1, 2, 3, 4]
     assert [row["step"] for row in rows if row["stage"] == "empirical-sft"] == list(range(9)), "as many as both stages"
     for row in rows:
@@ -91,6 +91,7 @@ def test_a_run_writes_adapters_logs_and_pictures_and_resumes_to_the_same_bytes(o
     assert all((whole / name).stat().st_size > 5000 for name in ("loss.png", "response.png"))
     record = json.loads((whole / "run.json").read_text())
     assert set(record["response"]) == {"before", "after"} and record["status"] == "finished"
+    assert last == {"response": record["response"]}, "the log's last word is how the share acted follows the share said"
 
     saves, save = [0], tuning.save_state
     for stop in (1, 1, 2):  # each run is cut at another of its states
@@ -112,7 +113,7 @@ def test_a_run_writes_adapters_logs_and_pictures_and_resumes_to_the_same_bytes(o
         for file in ("adapter_model.safetensors", "adapter_config.json"):
             assert (cut / name / file).read_bytes() == (whole / name / file).read_bytes(), name
     again = [json.loads(line) for line in open(cut / "log.jsonl")]
-    timeless = [[{k: v for k, v in row.items() if k not in TIME_FIELDS} for row in some] for some in (rows, again)]
+    timeless = [[{k: v for k, v in row.items() if k not in TIME_FIELDS} for row in some] for some in ([*rows, last], again)]
     assert timeless[0] == timeless[1]
     assert not (cut / "state.safetensors").exists()
     assert door(*options, *more, "--out", cut, "--resume")[0] == 0, "a finished run stays as it is"
