@@ -49,16 +49,18 @@ def response_curves(
 ) -> dict[str, list[float]]:  # fmt: skip
     """Per dimension, the share of simulated actions that carry its WATCHED label when the signal states each of LEVELS.
 
-    The topic and the posts are those of `pasts` at `step`, the population is `moved`; `agents` of each event act at each level.
+    The topic and the posts are those of `pasts` at `step` (or their last one), the population is `moved`; `agents` of each
+    event, as far as it has them, act at each level.
     """
     told, seeds, keys = [], [], []
     for past in pasts:
+        at = min(step, past.steps - 1)
         for dimension in WATCHED:
             for level in LEVELS:
                 words = verbalise(moved(past, dimension, level), past.event.language)
-                document = past.told(step, Signal("population", (words,)), agents)
+                document = past.told(at, Signal("population", (words,)), agents)
                 told += [document.prefix + private for private, _ in document.branches]
-                seeds += [hashed("response", past.event.id, dimension, level, seen.id) for seen in past.actions(step, agents)]
+                seeds += [hashed("response", past.event.id, dimension, level, seen.id) for seen in past.actions(at, agents)]
                 keys += [(past.event.id, dimension, level)] * len(document.branches)
     with lm.adapter(adapter):
         written = lm.generate(told, action_tokens, seeds=seeds, stop=("\n",), worlds=keys)
@@ -71,12 +73,12 @@ def response_curves(
 
 def true_response(pasts: Sequence[Past], step: int = 5, draws: int = 4) -> dict[str, list[float]]:
     """The response of agora's own process, in the shape of `response_curves`: the expected share of each WATCHED label
-    among the ten agents from `step` on, if the population were `moved` to each of LEVELS. Its agents react to the stances
+    among the ten agents from `step` (or the last one) on, if the population were `moved` to each of LEVELS. Its agents react to the stances
     in it, and to nothing else. Raises InputError for events that are not agora's.
     """
     shares: dict[str, np.ndarray] = {d: np.zeros(len(LEVELS)) for d in WATCHED}
     for past in pasts:
-        here, start = agora.world_of(past.event), step * past.batch
+        here, start = agora.world_of(past.event), min(step, past.steps - 1) * past.batch
         noise = agora.generator(past.event.id, "response").random((draws, UPDATE, agora.NOISE))
         for dimension, label in WATCHED.items():
             for at, level in enumerate(LEVELS):

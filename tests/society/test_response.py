@@ -9,7 +9,7 @@ from mfllm_ref.society import agora
 from mfllm_ref.society.annotate import RuleAnnotator
 from mfllm_ref.society.corpus import Past
 from mfllm_ref.society.events import DIMENSIONS
-from mfllm_ref.society.response import LEVELS, WATCHED, moved, slope, true_response
+from mfllm_ref.society.response import LEVELS, WATCHED, moved, response_curves, slope, true_response
 
 PASTS = [Past(agora.event("dev", index), RuleAnnotator(), 10) for index in range(4)]
 
@@ -41,6 +41,13 @@ def test_a_label_that_no_action_or_every_action_has_moves_alone(seen):
         one, other = (moved(past, dimension, level) for level in (0.2, 0.8))
         assert one[dimension][DIMENSIONS[dimension].index(label)] / one[dimension].sum() == pytest.approx(0.2)
         assert all(np.array_equal(one[d], other[d]) for d in DIMENSIONS if d != dimension)
+
+
+def test_an_event_shorter_than_the_step_acts_at_its_last_one(random_lm):
+    short = Past(replace(PASTS[0].event, actions=PASTS[0].event.actions[:23]), RuleAnnotator(), 10)
+    curves = response_curves(random_lm, [short], RuleAnnotator(), action_tokens=4)
+    assert all(len(curve) == len(LEVELS) and all(3 * share in (0, 1, 2, 3) for share in curve) for curve in curves.values())
+    assert curves.keys() == WATCHED.keys() == true_response([short]).keys()
 
 
 def test_agoras_true_response_follows_the_stances_it_is_told():
