@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from mfllm_ref import metrics, report
-from mfllm_ref.doors import Parser, positive, run_door
+from mfllm_ref.doors import Parser, positive, run_door, whole
 from mfllm_ref.errors import InputError
 from mfllm_ref.society import agora
 from mfllm_ref.society.agora_ceiling import RIVALS
@@ -22,17 +22,19 @@ from mfllm_ref.society.readers import load_events
 from mfllm_ref.society.rollout import Annotator
 
 
-def ceiling(split: str = "dev", events: int | None = None, seeds: int = 2) -> dict[str, np.ndarray]:
-    """Mean KL in nats [dimensions] of each of `agora_ceiling.RIVALS`, over the split's first `events` (None: all) and `seeds`
-    continuations of each. Annotated labels, as everywhere."""
+def ceiling(
+    split: str = "dev", events: int | None = None, seeds: int = 2, agents: int = agora.ACTIONS
+) -> dict[str, np.ndarray]:  # fmt: skip
+    """Mean KL in nats [dimensions] of each of `agora_ceiling.RIVALS`, over the split's first `events` (None: all), `seeds`
+    continuations of each and the first `agents` actions, warm-up included. Annotated labels, as everywhere."""
     annotate, total = RuleAnnotator(), {name: np.zeros(len(DIMENSIONS)) for name in RIVALS}
     events = events or agora.SPLITS[split]
     for index in range(events):
         event = agora.event(split, index)
-        real = metrics.encode(annotate([action.text for action in event.actions[agora.WARMUP :]], "en"))
+        real = metrics.encode(annotate([action.text for action in event.actions[agora.WARMUP : agents]], "en"))
         for name, continuation in RIVALS.items():
             for seed in range(seeds):
-                texts = [action.text for action in continuation(event, seed)]
+                texts = [action.text for action in continuation(event, seed)[: agents - agora.WARMUP]]
                 total[name] += metrics.kl_between(real, metrics.encode(annotate(texts, "en"))) / (seeds * events)
     return total
 
@@ -68,11 +70,13 @@ def main() -> None:
     known.add_argument("--split", choices=list(agora.SPLITS), default="dev")
     known.add_argument("--events", type=positive, metavar="N", help="the split's first N (default: all)")
     known.add_argument("--seeds", type=positive, default=2, help="continuations of each event (default: 2)")
+    known.add_argument("--agents", type=whole(agora.WARMUP + 1, agora.ACTIONS), default=agora.ACTIONS, metavar="N",
+                       help="an event's first N actions, warm-up included (default: all)")  # fmt: skip
     read = commands.add_parser("annotator")
     read.add_argument("--data", type=Path, help="events with labels (default: the built-in world's dev split)")
     args = parser.parse_args()
     if args.command == "ceiling":
-        table = ceiling(args.split, args.events, args.seeds)
+        table = ceiling(args.split, args.events, args.seeds, args.agents)
         rows = [[name, *(f"{value:.3f}" for value in (row.mean(), *row))] for name, row in table.items()]
         print(report.markdown([["continuation", "mean", *DIMENSIONS], *rows]))
         return

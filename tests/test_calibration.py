@@ -35,6 +35,17 @@ def test_calibration():
     assert table["reader"] < table["believer"] < table["topic and m"] < table["m-blind"], "the more is known, the better"
 
 
+def test_fewer_agents_are_their_first_actions(command):
+    code, out, _ = command("ceiling", "--events", 1, "--seeds", 1, "--agents", 90)
+    event = agora.event("dev", 0)
+    real, again = (metrics.encode(RuleAnnotator()([a.text for a in some[50:90]], "en"))
+                   for some in (event.actions, agora.true_rollout(event, 50, seed=0)))  # fmt: skip
+    floor = metrics.kl_between(real, again).mean()
+    assert code == 0 and f"| floor | {floor:.3f} |" in out
+    code, _, said = command("ceiling", "--agents", 50)
+    assert code == 2 and said.count("\n") == 1 and "--agents" in said
+
+
 def test_annotator_reads_the_words():
     """The rule annotator recovers the generating labels: lexicon and wording were fitted to each other, so no more."""
     table = agreement([agora.event("dev", index) for index in range(70)], RuleAnnotator())
