@@ -76,7 +76,6 @@ def parser() -> doors.Parser:
 def pretraining(args: argparse.Namespace, data: Path | None, out: Path, common: dict) -> None:
     from mfllm_ref import pretrain, ranks, report, runs
     from mfllm_ref.society.readers import load_events
-    from mfllm_ref.training import STATE
 
     settings = {
         **common, "model_type": args.model_type, "shape": args.shape or ("small" if args.data else "tiny"),
@@ -95,14 +94,12 @@ def pretraining(args: argparse.Namespace, data: Path | None, out: Path, common: 
     record = {"settings": settings, **runs.provenance({"data": data} if data else {})}
     with runs.open_run(out, record, args.resume) as run:
         if run.finished:
-            (out / STATE).unlink(missing_ok=True)
             print(f"{out} is finished")
             return
         started = time.perf_counter()
         result = pretrain.run(run, settings, events, device, progress=sys.stderr.isatty())
         report.loss_curve(list(runs.read_json_lines(out / "log.jsonl")), out / "loss.png")
         run.complete(**result)
-        (out / STATE).unlink(missing_ok=True)  # only now: without it an interrupted run begins anew
         print(f"{out}: {result['parameters'] / 1e6:.1f} M parameters in {time.perf_counter() - started:.0f} s")
         print("share acted per share said by the signal (slope; 1 follows it, 0 ignores it):")
         print("  " + "  ".join(f"{dimension} {slope:.2f}" for dimension, slope in result["response"].items()))
@@ -115,7 +112,6 @@ def tuning(args: argparse.Namespace, data: Path | None, out: Path, common: dict)
     from mfllm_ref.society.annotate import RuleAnnotator
     from mfllm_ref.society.readers import load_events
     from mfllm_ref.society.response import LEVELS, WATCHED
-    from mfllm_ref.training import STATE
 
     device, dtype = doors.device_and_dtype(args)
     settings = ib_tune.Settings(
@@ -159,7 +155,6 @@ def tuning(args: argparse.Namespace, data: Path | None, out: Path, common: dict)
     record["jobs"] = [dataclasses.asdict(job) for job in todo]
     with runs.open_run(out, record, args.resume) as run:
         if run.finished:
-            (out / STATE).unlink(missing_ok=True)
             print(f"{out} is finished: see {out / 'loss.png'}")
             return
         show = sys.stderr.isatty()
@@ -186,7 +181,6 @@ def tuning(args: argparse.Namespace, data: Path | None, out: Path, common: dict)
         if result:
             tuner.log.append([result])
         run.complete(**result)
-        (out / STATE).unlink(missing_ok=True)
     print(f"\nEverything is in {out}: see loss.png" + (" and response.png" if policies else ""))
 
 
@@ -202,6 +196,9 @@ def main() -> None:
     }  # fmt: skip
     data = args.data / args.split if args.data and args.split else args.data
     (pretraining if args.stage == "pretrain" else tuning)(args, data, out, common)
+    from mfllm_ref.training import STATE
+
+    (out / STATE).unlink(missing_ok=True)  # only now that the run is finished: without it, it would begin anew
 
 
 if __name__ == "__main__":
