@@ -40,7 +40,7 @@ def parser() -> doors.Parser:
     out.add_argument("--steps", type=doors.positive, help="optimizer steps, of each stage (default: mean-field 60, "
                      "policy 300, pretrain 1500)")  # fmt: skip
     out.add_argument("--rows", type=doors.positive, help="population steps, or documents, that an update learns from "
-                     "(default: 8; pretrain: 12)")  # fmt: skip
+                     "(default: 8; pretrain: 9)")  # fmt: skip
     out.add_argument("--lr", type=float, help="peak learning rate (default: mean-field 0.0005, policy 0.001, "
                      "pretrain 0.004)")  # fmt: skip
     out.add_argument("--batch", type=doors.positive, default=10, metavar="B", help="actions a population step (default: 10)")
@@ -79,7 +79,7 @@ def pretraining(args: argparse.Namespace, data: Path | None, out: Path, common: 
 
     settings = {
         **common, "model_type": args.model_type, "shape": args.shape or ("small" if args.data else "tiny"),
-        "steps": args.steps or 1500, "rows": args.rows or 12, "lr": 4e-3 if args.lr is None else args.lr,
+        "steps": args.steps or 1500, "rows": args.rows or 9, "lr": 4e-3 if args.lr is None else args.lr,
         "save_every": args.save_every or 100,
     }  # fmt: skip
     if args.shard:

@@ -59,7 +59,7 @@ def test_it_acts_writes_summaries_and_follows_its_signal(tiny):
     words = {word for action in event.actions for word in action.text.split()}
     said = [word for text in texts for word in text.split()]
     assert sum(word in words for word in said) > 0.5 * len(said), "it speaks agora's language"
-    summary = tiny.generate([pasts[0].mean_field(3, prior=False).prefix], 120, stop=("\n",))[0]
+    summary = tiny.generate([pasts[0].summarise(3, pasts[0].population[3])], 120, stop=("\n",))[0]
     assert len(parse(summary, "en")) == 8, "a summary states all eight dimensions"
     assert slope(response_curves(tiny, pasts, annotate)["behavior_type"]) > 0.1
 

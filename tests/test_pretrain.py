@@ -1,5 +1,7 @@
+import copy
 import json
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +14,10 @@ import train
 from mfllm_ref import pretrain, training
 from mfllm_ref.lm import LanguageModel
 from mfllm_ref.lm.backbone import Backbone
-from mfllm_ref.society import agora
-from mfllm_ref.society.corpus import Document
+from mfllm_ref.lm.tokenizer import Tokenizer
+from mfllm_ref.society import agora, prompts
+from mfllm_ref.society.annotate import RuleAnnotator
+from mfllm_ref.society.corpus import Corpus, Document, Mixture
 from mfllm_ref.society.readers import write_events
 
 DOCUMENTS = [
@@ -76,12 +80,39 @@ def test_drawing_the_tokenizers_texts_hears_ctrl_c():
 
 
 def test_a_label_and_its_share_are_one_piece():
-    """Wherever a share is stated, one token holds the label and its percentage."""
-    trained = pretrain.train_tokenizer(["stance: support 45% oppose 05% neutral 100%；立场：支持45% 反对05%"] * 20, 900)
-    assert trained.encode("stance: oppose 05% neutral 100% support 45%").tokens[2:] == [
-        " oppose 05%", " neutral 100%", " support 45%",
-    ]  # fmt: skip
-    assert trained.encode("立场：支持45% 反对05%").tokens[-2:] == ["支持45%", " 反对05%"]
+    """Wherever a share is stated, one token holds the label and its percentage, and the heading if it is the first of its
+    dimension: the same tokens where a summary is written and where it is read."""
+    written = {
+        "en": ["stance: support 45%", " oppose 05%", " neutral 100%", "; belief: doubt 10%"],
+        "zh": ["立场：支持45%", " 反对05%", " 中立100%", "；信念：怀疑10%"],
+    }
+    trained = pretrain.train_tokenizer(["".join(pieces) for pieces in written.values()] * 20, 900)
+    for language, pieces in written.items():
+        assert trained.encode("".join(pieces)).tokens == pieces
+        read = trained.encode(prompts.WORDING[language].population + "".join(pieces) + "\n").tokens
+        assert read[-len(pieces) - 1 : -1] == pieces
+    assert trained.encode(" oppose 05% neutral 100%").tokens == [" oppose 05%", " neutral 100%"]
+
+
+def test_an_update_weighs_a_summarys_tokens_more():
+    """Loss and gradient are those of the mean over all learned tokens, a summary's counting SUMMARY_WEIGHT times."""
+    corpus = Corpus(2, RuleAnnotator(), 10, Mixture(summaries=0.5), lambda index: agora.event("train", index))
+    tokenizer = Tokenizer.load(Path(__file__).resolve().parents[1] / "checkpoints" / "tiny")
+    backbone = Backbone(pretrain.config_for("qwen2", pretrain.Shape(32, 2, 4, 2, 48, 0), tokenizer.vocab_size))
+    pretrain.initialise(backbone, torch.Generator().manual_seed(0))
+    before = copy.deepcopy(backbone)
+    plan = pretrain.Settings(steps=1, rows=6)
+    row = next(pretrain.train_steps(backbone, tokenizer, corpus, plan, 0, pretrain.optimizers(backbone, plan.lr)))
+    rng = np.random.default_rng([plan.seed, 1, 0])
+    batch = pretrain.collate([corpus.draw(rng) for _ in range(plan.rows)], tokenizer, end=0)
+    weights = torch.tensor([pretrain.SUMMARY_WEIGHT if sort == "mean-field" else 1.0 for sort in batch.sorts])
+    assert 0 < batch.sorts.count("mean-field") < plan.rows
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        sums, counts = pretrain.loss_sums(before, batch)
+    loss = (weights * sums).sum() / (weights * counts).sum()
+    loss.backward()
+    norm = torch.stack([p.grad.norm() for p in before.parameters()]).norm()
+    assert row["loss"] == pytest.approx(loss.item(), rel=1e-5) and row["gradient_norm"] == pytest.approx(norm.item(), rel=1e-3)
 
 
 def test_optimizer_state_survives_tensors():

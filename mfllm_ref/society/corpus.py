@@ -13,9 +13,10 @@ from mfllm_ref.society import prompts
 from mfllm_ref.society.events import DIMENSIONS, Event, action_ids, hashed
 from mfllm_ref.society.prompts import Signal
 from mfllm_ref.society.rollout import Annotator
-from mfllm_ref.society.signals import RECENT, History, Seen, verbalise
+from mfllm_ref.society.signals import RECENT, History, Seen, imagined, parse, verbalise
 
 KINDS = ("none", "recent", "popular", "empirical")
+LOST = 0.1  # how often a dimension is missing in a summary that another one is to follow from: see Past.mean_field
 TUNING_SHARE = 0.21  # of an outside data set's events, kept from pretraining for tuning later: 200 of 952
 
 
@@ -53,10 +54,12 @@ class Past:
         history = History(batch)
         self.signals: list[dict[str, Signal | None]] = []
         self.population = [""]  # the exact empirical shares in words, at the start of each step
+        self.weights = [0.0]  # of the past in them, in steps
         for step in range(self.steps):
             self.signals.append({kind: history.signal(kind, event.language) for kind in KINDS})
             history.update(self.actions(step))
             self.population.append(verbalise(history.population(), event.language))
+            self.weights.append(history.weight)
 
     @property
     def steps(self) -> int:
@@ -105,17 +108,40 @@ class Past:
         prefix = prompts.policy_shared(event.language, event.topic, [], signal)
         return Document(prefix, tuple(_branch(event.language, seen) for seen in drawn[:width]))
 
-    def mean_field(self, step: int, prior: bool) -> Document:
-        """The summary after `step`, written by the verbaliser from counts; as the prior, neither topic nor history."""
-        prompt = prompts.prior_prompt(self.event.language) if prior else self.summarise(step, self.population[step])
-        return Document(prompt, (("", self.population[step + 1]),))
+    def prior(self, step: int) -> Document:
+        """The summary after `step`, told neither topic nor history."""
+        return Document(prompts.prior_prompt(self.event.language), (("", self.population[step + 1]),))
+
+    def mean_field(self, step: int, others: int = 0, rng: np.random.Generator | None = None) -> Document:
+        """The summary after `step`, written by the verbaliser from counts; behind it those that follow from `others` than the
+        real summary before.
+
+        In a rollout the summary before is a sampled one: it errs, and may have lost a dimension, of which only the newest
+        actions then tell. The others are mixed from the real population and a random one, in random parts, and lack each
+        dimension with probability LOST. What follows from them is exact in expectation: rounded to the nearest, shares that
+        move by less than half a step of the words' grid would never move.
+        """
+        language, told = self.event.language, [(self.population[step], self.population[step + 1])]
+        for _ in range(others if step else 0):
+            real, part = parse(self.population[step], language), rng.random()
+            mixed = {d: (1 - part) * real[d] + part * p for d, p in imagined(rng).items() if rng.random() >= LOST}
+            before = verbalise(mixed, language)
+            history = History(self.batch)
+            history.mean, history.weight = parse(before, language), self.weights[step]
+            history.update(self.actions(step))
+            told.append((before, verbalise(history.population(), language, rng)))
+        branches = tuple((prompts.mean_field_private(language, before), after) for before, after in told)
+        return Document(prompts.mean_field_shared(*self._newest(step)), branches)
+
+    def _newest(self, step: int) -> tuple[str, str, list[str], list[tuple[str, str]], int]:
+        """What `prompts.mean_field_shared` is given behind `step`."""
+        event, actions = self.event, self.actions(step)
+        listed = [(a.profile, a.text) for a in sorted(actions, key=lambda a: (a.text, a.id))]
+        return event.language, event.topic, self.posts(step), listed, step * self.batch + len(actions)
 
     def summarise(self, step: int, previous: str) -> str:
         """The prompt of mu(m_{step+1} | c, X) behind the real actions of `step`, in canonical order, and m_step."""
-        event, actions = self.event, self.actions(step)
-        listed = [(a.profile, a.text) for a in sorted(actions, key=lambda a: (a.text, a.id))]
-        acted = step * self.batch + len(actions)
-        return prompts.mean_field_prompt(event.language, event.topic, self.posts(step), previous, listed, acted)
+        return prompts.mean_field_shared(*self._newest(step)) + prompts.mean_field_private(self.event.language, previous)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +154,7 @@ class Mixture:
     shuffled: float = 0.0  # of the policy documents: the signal is another event's
     reweighted: float = 0.4  # of the policy documents with a signal: see Past.reweighted
     width: int = 32  # actions a policy document, as far as they fit in its row
+    others: int = 4  # summaries before, other than the real one, that a summary document shows the next of: the same
 
 
 class Corpus:
@@ -149,9 +176,13 @@ class Corpus:
     def draw(self, rng: np.random.Generator) -> tuple[str, Document]:
         """One document and its sort: "mean-field", or the kind of its signal."""
         mixture, past = self.mixture, self.past(int(rng.integers(self.count)))
-        step = int(rng.integers(past.steps))
         if rng.random() < mixture.summaries:
-            return "mean-field", past.mean_field(step, prior=rng.random() < mixture.prior)
+            # Early steps more often: there a step moves the shares most, and all later summaries build on them.
+            step = int(past.steps * rng.random() ** 2)
+            if rng.random() < mixture.prior:
+                return "mean-field", past.prior(int(rng.integers(past.steps)))
+            return "mean-field", past.mean_field(step, mixture.others, rng)
+        step = int(rng.integers(past.steps))
         kind = KINDS[int(rng.choice(len(KINDS), p=mixture.signals))]
         if kind != "none" and rng.random() < mixture.reweighted:
             return kind, past.reweighted(kind, mixture.width, rng)

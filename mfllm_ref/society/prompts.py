@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 # Characters that enter a prompt, by what the text is. A post of 100,000 characters is legal and must not fill the context.
-TOPIC_CHARS, POST_CHARS, PROFILE_CHARS, ACTION_CHARS, LISTED_CHARS = 160, 140, 100, 140, 60
+TOPIC_CHARS, POST_CHARS, PROFILE_CHARS, ACTION_CHARS = 160, 140, 100, 140
 MANY = 200  # posts that a mean-field model is told the number of; of more, every newest step counts the same
 
 
@@ -85,7 +85,7 @@ def continuation(text: str) -> str:
 
 
 def _listed(text: str, wording: Wording) -> str:
-    return one_line(text, LISTED_CHARS) or wording.share
+    return one_line(text, ACTION_CHARS) or wording.share
 
 
 def _context(wording: Wording, topic: str, posts: Sequence[str]) -> list[str]:
@@ -111,22 +111,33 @@ def policy_private(language: str, profile: str) -> str:
     return (f"{wording.user}{profile}\n" if profile else "") + wording.action + "\n"
 
 
-def mean_field_prompt(
-    language: str, topic: str, posts: Sequence[str], previous: str, actions: Sequence[tuple[str, str]], acted: int
+def mean_field_shared(
+    language: str, topic: str, posts: Sequence[str], actions: Sequence[tuple[str, str]], acted: int
 ) -> str:
-    """The prompt of mu(m_t | c, X_t), X_t = (m_{t-1}, s_{t-1}, a_{t-1}); `actions` are (profile, text) in canonical order.
+    """What a step tells the mean-field model, whatever the summary before it: `actions` are (profile, text) in canonical order.
 
     acted: how many have acted by then. It says what the newest are worth beside the summary before, which speaks for all others.
     """
     wording = WORDING[language]
     lines = [wording.mean_field, *_context(wording, topic, posts)]
-    if previous:
-        lines.append(wording.population + " ".join(previous.split()))
     lines.append(wording.newest.format(acted if acted < MANY else f"{MANY}+"))
     for profile, text in actions:
         profile = one_line(profile, PROFILE_CHARS)
         lines.append("- " + (profile + ": " if profile else "") + _listed(text, wording))
-    return "\n".join(lines) + "\n" + wording.summary + "\n"
+    return "\n".join(lines) + "\n"
+
+
+def mean_field_private(language: str, previous: str) -> str:
+    """The summary before, m_{t-1}, if there is one, then the instruction to write the next."""
+    wording = WORDING[language]
+    return (wording.population + " ".join(previous.split()) + "\n" if previous else "") + wording.summary + "\n"
+
+
+def mean_field_prompt(
+    language: str, topic: str, posts: Sequence[str], previous: str, actions: Sequence[tuple[str, str]], acted: int
+) -> str:
+    """The prompt of mu(m_t | c, X_t), X_t = (m_{t-1}, s_{t-1}, a_{t-1}): `mean_field_shared`, then `mean_field_private`."""
+    return mean_field_shared(language, topic, posts, actions, acted) + mean_field_private(language, previous)
 
 
 def prior_prompt(language: str) -> str:

@@ -60,21 +60,35 @@ def shares(labels: Sequence[Mapping[str, str]]) -> Shares:
     return out
 
 
-def _percentages(p: np.ndarray) -> list[int]:
-    """Multiples of GRID percent that sum to 100 (largest remainder), each less than GRID from the exact value."""
+def imagined(rng: np.random.Generator) -> Shares:
+    """A random population: Dirichlet(0.5) in every dimension."""
+    return {dimension: rng.dirichlet(np.full(len(names), 0.5)) for dimension, names in DIMENSIONS.items()}
+
+
+def _percentages(p: np.ndarray, rng: np.random.Generator | None) -> list[int]:
+    """Multiples of GRID percent that sum to 100, each less than GRID from the exact value: largest remainder, or with `rng`
+    systematic sampling, whose expectation is exact."""
     exact = 100 / GRID * p / p.sum()
+    if rng is not None:
+        return (GRID * np.diff(np.floor(np.cumsum(exact) + rng.random() + 1e-9), prepend=0).astype(int)).tolist()
     floor = np.floor(exact + 1e-9).astype(int)
     short = 100 // GRID - int(floor.sum())
     floor[np.argsort(floor - exact, kind="stable")[:short]] += 1
     return (GRID * floor).tolist()
 
 
-def verbalise(population: Mapping[str, np.ndarray], language: str) -> str:
-    """Label shares in words: `stance: support 45% oppose 05% neutral 50%; ...`, a two-valued dimension by its second label."""
+def verbalise(population: Mapping[str, np.ndarray], language: str, rng: np.random.Generator | None = None) -> str:
+    """Label shares in words: `stance: support 45% oppose 05% neutral 50%; ...`, a two-valued dimension by its second label.
+
+    A dimension that `population` lacks is left out. Shares are rounded to the nearest multiples of GRID, or with `rng` at
+    random, so that their expectation is exact.
+    """
     colon, gap, between = (": ", " ", "; ") if language == "en" else ("：", "", "；")
     parts = []
     for dimension, (heading, names) in NAMES[language].items():
-        percent = _percentages(population[dimension])
+        if dimension not in population:
+            continue
+        percent = _percentages(population[dimension], rng)
         pairs = list(zip(names, percent, strict=True))[-1 if len(names) == 2 else 0:]
         parts.append(heading + colon + " ".join(f"{name}{gap}{value:02d}%" for name, value in pairs))
     return between.join(parts)
@@ -140,7 +154,7 @@ class History:
         self.weight = self.retention * self.weight + 1
         now = shares([seen.labels for seen in step])
         # Moving the mean by its distance to `now` keeps it exactly where it is when there is no distance.
-        before = self.mean or now
+        before = now | (self.mean or {})
         self.mean = {dimension: p + (now[dimension] - p) / self.weight for dimension, p in before.items()}
 
     def population(self) -> Shares | None:

@@ -214,6 +214,20 @@ def test_shares_in_words_are_read_back(population, language):
         assert np.abs(back[dimension] - population[dimension]).max() < GRID / 100 + 1e-9
 
 
+@check(20)
+@given(SHARES, st.sampled_from(LANGUAGES), st.sets(st.sampled_from(list(DIMENSIONS))))
+def test_shares_rounded_at_random_are_exact_in_expectation(population, language, known):
+    """Each draw states just the known dimensions, within a step of the grid; their mean comes close to the exact shares."""
+    rng, draws = np.random.default_rng(0), 400
+    told = {dimension: population[dimension] for dimension in known}
+    back = [parse(verbalise(told, language, rng), language) for _ in range(draws)]
+    assert all(set(said) == known for said in back)
+    for dimension in known:
+        said = np.array([said[dimension] for said in back])
+        assert np.abs(said - told[dimension]).max() < GRID / 100 + 1e-9
+        np.testing.assert_allclose(said.mean(0), told[dimension], atol=5 * GRID / 100 / 2 / draws**0.5)
+
+
 @st.composite
 def events(draw):
     count = draw(st.integers(2, 4))

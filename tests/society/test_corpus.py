@@ -4,9 +4,9 @@ import pytest
 from mfllm_ref.society import agora, prompts
 from mfllm_ref.society.annotate import RuleAnnotator
 from mfllm_ref.society.corpus import KINDS, Corpus, Mixture, Past, pretraining_part
-from mfllm_ref.society.events import Action, Agent, Event
+from mfllm_ref.society.events import DIMENSIONS, Action, Agent, Event
 from mfllm_ref.society.rollout import METHODS, Settings, State, World
-from mfllm_ref.society.signals import parse, shares
+from mfllm_ref.society.signals import GRID, HALF_LIFE, parse, shares
 
 ANNOTATE = RuleAnnotator()
 
@@ -30,18 +30,40 @@ def test_training_prompts_are_those_of_a_simulation(past):
             actions = state.seen(step, [event.actions[i].text for i in state.indices(step)], labels)
             state.history.update(actions)
             state.mean_field = past.population[step]
-            assert past.mean_field(step, prior=False).prefix == state.mean_field_prompt(step, actions)
+            document = past.mean_field(step)
+            assert document.prefix + document.branches[0][0] == state.mean_field_prompt(step, actions)
 
 
 def test_summaries_state_the_counts(past):
-    document = past.mean_field(0, prior=False)
+    document = past.mean_field(0)
     stated, counted = parse(document.branches[0][1], "en"), shares([seen.labels for seen in past.actions(0)])
     for dimension, p in counted.items():
         np.testing.assert_allclose(stated[dimension], p, atol=0.01)
 
 
 def test_a_prior_document_has_neither_topic_nor_history(past):
-    assert past.mean_field(4, prior=True).prefix == prompts.prior_prompt("en")
+    assert past.prior(4).prefix == prompts.prior_prompt("en")
+
+
+def test_imagined_summaries_move_as_the_real_one_does(past):
+    """What follows from an imagined summary is, in expectation, what the newest actions make of it: the weight they have is
+    the real one's, and they alone speak for a dimension that the summary had lost."""
+    rng, step, lost, error = np.random.default_rng(0), 3, 0, []
+    document = past.mean_field(step, 400, rng)
+    assert document.branches[:1] == past.mean_field(step).branches, "the real one comes first"
+    now = shares([seen.labels for seen in past.actions(step)])
+    weight = sum(0.5 ** (past.batch / HALF_LIFE * k) for k in range(step + 1))
+    for private, target in document.branches[1:]:
+        told, said = parse(private.splitlines()[0].removeprefix("Population: "), "en"), parse(target, "en")
+        assert len(said) == len(DIMENSIONS)
+        for dimension, p in said.items():
+            lost += dimension not in told
+            before = told.get(dimension, now[dimension])
+            error.append(p[0] - (before + (now[dimension] - before) / weight)[0])
+    assert 0.07 < lost / 400 / len(DIMENSIONS) < 0.13
+    assert np.abs(error).max() < GRID / 100 + 1e-9
+    assert abs(np.mean(error)) < 3 * GRID / 100 / len(error) ** 0.5
+    assert len(past.mean_field(0, 4, rng).branches) == 1, "nothing comes before the first"
 
 
 def test_a_shuffled_document_keeps_all_but_the_signal(past):
