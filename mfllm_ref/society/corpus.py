@@ -113,7 +113,7 @@ class Past:
         return Document(prompts.prior_prompt(self.event.language), (("", self.population[step + 1]),))
 
     def mean_field(self, step: int, others: int = 0, rng: np.random.Generator | None = None) -> Document:
-        """The summary after `step`, written by the verbaliser from counts; behind it those that follow from `others` than the
+        """The summary after `step`, written by the verbaliser from counts; then those that follow from `others` before than the
         real summary before.
 
         In a rollout the summary before is a sampled one: it errs, and may have lost a dimension, of which only the newest
@@ -154,7 +154,7 @@ class Mixture:
     shuffled: float = 0.0  # of the policy documents: the signal is another event's
     reweighted: float = 0.4  # of the policy documents with a signal: see Past.reweighted
     width: int = 32  # actions a policy document, as far as they fit in its row
-    others: int = 4  # summaries before, other than the real one, that a summary document shows the next of: the same
+    others: int = 4  # imagined summaries before, beside the real one, of a summary document, as far as they fit in its row
 
 
 class Corpus:
