@@ -113,8 +113,8 @@ class Past:
         return Document(prompts.prior_prompt(self.event.language), (("", self.population[step + 1]),))
 
     def mean_field(self, step: int, others: int = 0, rng: np.random.Generator | None = None) -> Document:
-        """The summary after `step`, written by the verbaliser from counts; then those that follow from `others` before than the
-        real summary before.
+        """The summary after `step`, written by the verbaliser from counts; then those that would follow if one of `others`
+        random ones stood in the place of the real summary before.
 
         In a rollout the summary before is a sampled one: it errs, and may have lost a dimension, of which only the newest
         actions then tell. The others are mixed from the real population and a random one, in random parts, and lack each
