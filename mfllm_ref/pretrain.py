@@ -268,7 +268,8 @@ def train_steps(
         sums, counts = torch.empty(2, settings.rows)
         for r, theirs in enumerate(ranks.gather((nats.detach().cpu(), targets.cpu()))):
             sums[r::size], counts[r::size] = theirs
-        weights = torch.tensor([SUMMARY_WEIGHT if sort == "mean-field" else 1.0 for sort in batch.sorts])
+        summaries = torch.tensor([sort == "mean-field" for sort in batch.sorts])
+        weights = torch.where(summaries, SUMMARY_WEIGHT, 1.0)
         total = (weights * counts).sum()
         loss = (weights * sums).sum() / total
         if not torch.isfinite(loss):
@@ -286,8 +287,7 @@ def train_steps(
             optimizer.step()
             optimizer.zero_grad()
         row = {"step": step, "loss": loss.item(), "gradient_norm": norm.item()}
-        for name, chosen in (("mean_field", True), ("policy", False)):
-            rows = torch.tensor([(sort == "mean-field") == chosen for sort in batch.sorts])
+        for name, rows in (("mean_field", summaries), ("policy", ~summaries)):
             row[f"{name}_loss"] = (sums[rows].sum() / counts[rows].sum()).item() if rows.any() else None
         row["seconds"] = time.perf_counter() - started
         row["tokens_per_second"] = int((batch.segments >= 0).sum()) / row["seconds"]

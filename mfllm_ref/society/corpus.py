@@ -122,8 +122,9 @@ class Past:
         move by less than half a step of the words' grid would never move.
         """
         language, told = self.event.language, [(self.population[step], self.population[step + 1])]
+        real = parse(self.population[step], language)
         for _ in range(others if step else 0):
-            real, part = parse(self.population[step], language), rng.random()
+            part = rng.random()
             mixed = {d: (1 - part) * real[d] + part * p for d, p in imagined(rng).items() if rng.random() >= LOST}
             before = verbalise(mixed, language)
             history = History(self.batch)
@@ -131,17 +132,18 @@ class Past:
             history.update(self.actions(step))
             told.append((before, verbalise(history.population(), language, rng)))
         branches = tuple((prompts.mean_field_private(language, before), after) for before, after in told)
-        return Document(prompts.mean_field_shared(*self._newest(step)), branches)
+        return Document(self._newest(step), branches)
 
-    def _newest(self, step: int) -> tuple[str, str, list[str], list[tuple[str, str]], int]:
-        """What `prompts.mean_field_shared` is given behind `step`."""
+    def _newest(self, step: int) -> str:
+        """What the mean-field model is told behind `step`, but for the summary before; the actions in canonical order."""
         event, actions = self.event, self.actions(step)
         listed = [(a.profile, a.text) for a in sorted(actions, key=lambda a: (a.text, a.id))]
-        return event.language, event.topic, self.posts(step), listed, step * self.batch + len(actions)
+        acted = step * self.batch + len(actions)
+        return prompts.mean_field_shared(event.language, event.topic, self.posts(step), listed, acted)
 
     def summarise(self, step: int, previous: str) -> str:
-        """The prompt of mu(m_{step+1} | c, X) behind the real actions of `step`, in canonical order, and m_step."""
-        return prompts.mean_field_shared(*self._newest(step)) + prompts.mean_field_private(self.event.language, previous)
+        """The prompt of mu(m_{step+1} | c, X) behind the real actions of `step` and m_step."""
+        return self._newest(step) + prompts.mean_field_private(self.event.language, previous)
 
 
 @dataclass(frozen=True, slots=True)
