@@ -55,6 +55,14 @@ def test_a_long_post_is_cut_where_it_enters_a_prompt():
     assert prompts.one_line(" " * 5000 + "late", 60) == ""  # and in time that does not depend on the post
 
 
+def test_a_post_that_an_agent_may_write_is_listed_whole():
+    """What a policy can write in one action, its readers see to the end: the words that show an intent often stand there."""
+    post = ("word " * 40)[: prompts.ACTION_CHARS - 5] + " Join!"[-5:]
+    assert prompts.continuation(post) == post
+    told = prompts.policy_shared("en", "T", [], Signal("recent", (post,))), prompts.mean_field_prompt("en", "T", [], "", [("", post)], 1)
+    assert all("- " + post in text.splitlines() for text in told)
+
+
 def test_a_plain_share_is_listed_by_its_name():
     shared = prompts.policy_shared("zh", "话题", [], Signal("recent", ("", "好")))
     assert shared.splitlines()[-2:] == ["- （转发）", "- 好"]
