@@ -1,25 +1,31 @@
-"""What the measures rest on: python -m mfllm_ref.calibration ceiling|annotator
+"""What the measures rest on: python -m mfllm_ref.calibration ceiling|annotator|summaries
 
     ceiling      what can be known in agora: KL of continuations by those who know more or less of its process
     annotator    agreement of the rules with the labels that events carry, beside always guessing the commonest label
+    summaries    how far a backbone's mean field is from the exact shares after one step, told the exact ones before it
 """
 
 import argparse
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from mfllm_ref import metrics, report
+from mfllm_ref import doors, metrics, report
 from mfllm_ref.doors import Parser, positive, run_door, whole
 from mfllm_ref.errors import InputError
+from mfllm_ref.lm import LanguageModel
 from mfllm_ref.society import agora
 from mfllm_ref.society.agora_ceiling import RIVALS
 from mfllm_ref.society.annotate import RuleAnnotator
-from mfllm_ref.society.events import DIMENSIONS, Event
+from mfllm_ref.society.corpus import Past
+from mfllm_ref.society.events import DIMENSIONS, Event, hashed
 from mfllm_ref.society.readers import load_events
 from mfllm_ref.society.rollout import Annotator
+from mfllm_ref.society.signals import parse, verbalise
+
+TINY = Path(__file__).resolve().parents[1] / "checkpoints" / "tiny"
 
 
 def ceiling(
@@ -63,6 +69,38 @@ def agreement(events: Iterable[Event], annotator: Annotator) -> dict[str, dict[s
     return table
 
 
+def summary_errors(
+    lm: LanguageModel, pasts: Sequence[Past], adapter: str | None = None, seed: int = 0, tokens: int = 120
+) -> dict[str, dict[str, float]]:  # fmt: skip
+    """How well one summary is sampled for every step of `pasts`, each told the exact shares before it in words.
+
+    Rows "warm-up", "rollout" and "all" of agora's steps. `error` is the root mean square, in percentage points over labels and
+    dimensions that the summary states, of what it says less what exactly follows from what it was told; `grid` the same of
+    those shares as `verbalise` rounds them at random, which is as near as words can be in expectation; `lost` the part of
+    summaries that lack a dimension.
+    """
+    found: dict[str, list[tuple[np.ndarray, np.ndarray, bool]]] = {"warm-up": [], "rollout": []}
+    for past in pasts:
+        steps, language = range(past.steps), past.event.language
+        prompts = [past.summarise(step, past.population[step]) for step in steps]
+        seeds = [hashed("summaries", seed, past.event.id, step) for step in steps]
+        with lm.adapter(adapter):
+            written = lm.generate(prompts, tokens, seeds=seeds, stop=("\n",), worlds=steps)
+        for step, text in enumerate(written):
+            exact = past.follows(step, past.population[step])
+            words = verbalise(exact, language, np.random.default_rng(seeds[step]))
+            said, rounded = parse(text, language), parse(words, language)
+            errors = (np.concatenate([np.zeros(0), *(100 * (s[d] - exact[d]) for d in s)]) for s in (said, rounded))
+            found["warm-up" if step * past.batch < agora.WARMUP else "rollout"].append((*errors, len(said) < len(exact)))
+    found["all"] = found["warm-up"] + found["rollout"]
+    table = {}
+    for name, rows in found.items():
+        errors, grid = (np.concatenate([row[i] for row in rows]) for i in range(2))
+        table[name] = {"error": float(np.sqrt(np.mean(errors**2))), "grid": float(np.sqrt(np.mean(grid**2))),
+                       "lost": float(np.mean([row[2] for row in rows]))}  # fmt: skip
+    return table
+
+
 def main() -> None:
     parser = Parser(prog="python -m mfllm_ref.calibration", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -74,7 +112,25 @@ def main() -> None:
                        help="an event's first N actions, warm-up included (default: all)")  # fmt: skip
     read = commands.add_parser("annotator")
     read.add_argument("--data", type=Path, help="events with labels (default: the built-in world's dev split)")
+    written = commands.add_parser("summaries")
+    written.add_argument("--backbone", type=Path, default=TINY, metavar="DIR", help="(default: checkpoints/tiny)")
+    written.add_argument("--adapter", type=Path, metavar="DIR", help="a tuned mean-field model's (default: none)")
+    written.add_argument("--split", choices=list(agora.SPLITS), default="dev")
+    written.add_argument("--events", type=positive, metavar="N", help="the split's first N (default: all)")
+    doors.add_machine(written)
     args = parser.parse_args()
+    if args.command == "summaries":
+        doors.threads(args)
+        device, dtype = doors.device_and_dtype(args)
+        lm = LanguageModel.load(args.backbone, device=device, dtype=dtype)
+        if args.adapter:
+            lm.load_adapter("mean-field", args.adapter)
+        count = args.events or agora.SPLITS[args.split]
+        pasts = [Past(agora.event(args.split, index), RuleAnnotator(), batch=10) for index in range(count)]
+        table = summary_errors(lm, pasts, "mean-field" if args.adapter else None, args.seed)
+        rows = [[name, f"{row['error']:.2f}", f"{row['grid']:.2f}", f"{100 * row['lost']:.1f}%"] for name, row in table.items()]
+        print(report.markdown([["steps", "error, points", "the grid alone", "lack a dimension"], *rows]))
+        return
     if args.command == "ceiling":
         table = ceiling(args.split, args.events, args.seeds, args.agents)
         rows = [[name, *(f"{value:.3f}" for value in (row.mean(), *row))] for name, row in table.items()]

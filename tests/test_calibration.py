@@ -1,16 +1,19 @@
 """What the measures rest on: agora's ceiling, and how agreement with known labels is measured."""
 
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
 from mfllm_ref import calibration, doors, metrics
-from mfllm_ref.calibration import agreement, ceiling
+from mfllm_ref.calibration import agreement, ceiling, summary_errors
 from mfllm_ref.society import agora
 from mfllm_ref.society.agora_ceiling import RIVALS
 from mfllm_ref.society.annotate import RuleAnnotator
+from mfllm_ref.society.corpus import Past
 from mfllm_ref.society.events import DIMENSIONS, Action, Agent, Event
+from mfllm_ref.society.signals import GRID, verbalise
 
 FIXTURES = Path(__file__).parent / "society" / "fixtures"
 
@@ -85,6 +88,51 @@ def test_the_ceiling_is_the_metrics_own_kl(command):
     real, other = (metrics.encode(RuleAnnotator()([a.text for a in side], "en")) for side in sides)
     kl = metrics.kl_between(real, other)
     assert code == 0 and [cell.strip() for cell in row[2:-1]] == [f"{value:.3f}" for value in (kl.mean(), *kl)]
+
+
+class Writer:
+    """Stands for a language model: the n-th summary of the n-th step is what it was given for it."""
+
+    def __init__(self, texts):
+        self.texts = texts
+
+    def adapter(self, name):
+        return nullcontext()
+
+    def generate(self, prompts, *_, **options):
+        assert len(prompts) == len(self.texts) == len(options["seeds"])
+        return self.texts
+
+
+def test_summary_errors_are_what_a_writer_adds_to_the_exact_shares():
+    """One that says a share 10 points too high, its rival 10 too low, and never another dimension, errs by 10 and loses all
+    its summaries; one that rounds as the words do errs by the grid, and loses none."""
+    past = Past(agora.event("dev", 0), RuleAnnotator(), 10)
+    exact = [past.follows(step, past.population[step]) for step in range(past.steps)]
+    shifted = [f"belief: doubt {round(100 * shares['belief_degree'][1]) + 10:02d}%" for shares in exact]
+    table = summary_errors(Writer(shifted), [past])
+    assert table["all"]["error"] == pytest.approx(10, abs=0.5) and table["all"]["lost"] == 1
+    table = summary_errors(Writer([verbalise(shares, "en") for shares in exact]), [past])
+    for row in table.values():
+        assert 0 < row["error"] < row["grid"] < GRID and row["lost"] == 0, "to the nearest is nearer than at random"
+
+
+def test_the_steps_of_the_warm_up_are_a_row_of_their_own():
+    past = Past(agora.event("dev", 0), RuleAnnotator(), 10)
+    texts = [verbalise(past.follows(step, past.population[step]), "en") for step in range(past.steps)]
+    texts[5:] = [text.split("; ")[0] for text in texts[5:]]
+    table = summary_errors(Writer(texts), [past])
+    assert table["warm-up"]["lost"] == 0 and table["rollout"]["lost"] == 1 and table["all"]["lost"] == 25 / 30
+
+
+def test_the_summaries_command_reads_a_backbone_and_an_adapter(command, tmp_path):
+    arguments = ("summaries", "--events", 1, "--threads", 1)
+    code, bare, _ = command(*arguments)
+    assert code == 0 and [row.split("|")[1].strip() for row in bare.splitlines()[2:]] == ["warm-up", "rollout", "all"]
+    code, tuned, _ = command(*arguments, "--adapter", calibration.TINY.parent / "tiny-adapters" / "mean-field")
+    assert code == 0 and tuned != bare
+    code, _, error = command(*arguments, "--adapter", tmp_path / "absent")
+    assert code == 2 and error.count("\n") == 1 and "absent" in error
 
 
 @pytest.mark.parametrize("path, cause", [("absent.jsonl", "no such file"), ("rumdect", "no labels")])

@@ -13,7 +13,7 @@ from mfllm_ref.society import prompts
 from mfllm_ref.society.events import DIMENSIONS, Event, action_ids, hashed
 from mfllm_ref.society.prompts import Signal
 from mfllm_ref.society.rollout import Annotator
-from mfllm_ref.society.signals import RECENT, History, Seen, imagined, parse, verbalise
+from mfllm_ref.society.signals import RECENT, History, Seen, Shares, imagined, parse, verbalise
 
 KINDS = ("none", "recent", "popular", "empirical")
 LOST = 0.1  # how often a dimension is missing in a summary that another one is to follow from: see Past.mean_field
@@ -127,12 +127,16 @@ class Past:
             part = rng.random()
             mixed = {d: (1 - part) * real[d] + part * p for d, p in imagined(rng).items() if rng.random() >= LOST}
             before = verbalise(mixed, language)
-            history = History(self.batch)
-            history.mean, history.weight = parse(before, language), self.weights[step]
-            history.update(self.actions(step))
-            told.append((before, verbalise(history.population(), language, rng)))
+            told.append((before, verbalise(self.follows(step, before), language, rng)))
         branches = tuple((prompts.mean_field_private(language, before), after) for before, after in told)
         return Document(self._newest(step), branches)
+
+    def follows(self, step: int, before: str) -> Shares:
+        """The exact shares after `step`, were those that the summary `before` states the shares before it."""
+        history = History(self.batch)
+        history.mean, history.weight = parse(before, self.event.language), self.weights[step]
+        history.update(self.actions(step))
+        return history.population()
 
     def _newest(self, step: int) -> str:
         """What the mean-field model is told behind `step`, but for the summary before; the actions in canonical order."""
