@@ -88,8 +88,11 @@ def pretraining(args: argparse.Namespace, data: Path | None, out: Path, common: 
         raise doors.InputError(f"--lr {args.lr}: must lie between 0 and 1")
     if settings["rows"] < ranks.world_size():
         raise doors.InputError(f"--rows {settings['rows']}: fewer than the {ranks.world_size()} processes that share them")
+    if args.dtype not in ("auto", "float32", "bfloat16"):
+        raise doors.InputError(f"--dtype {args.dtype}: pretraining keeps float32 weights, and multiplies in float32 or bfloat16")
     device, _ = doors.device_and_dtype(args)
-    settings["device"] = device.type
+    fast = device.type != "cpu" or doors.fast_bfloat16()
+    settings |= {"device": device.type, "mixed": args.dtype == "bfloat16" or args.dtype == "auto" and fast}
     events = load_events(data) if data else None
     record = {"settings": settings, **runs.provenance({"data": data} if data else {})}
     with runs.open_run(out, record, args.resume) as run:

@@ -26,6 +26,7 @@ from mfllm_ref.lm.backbone import Backbone, plain_attention
 from mfllm_ref.lm.checkpoint import save_backbone
 from mfllm_ref.lm.config import Config
 from mfllm_ref.lm.tokenizer import Tokenizer
+from mfllm_ref.muon import Muon
 from mfllm_ref.runs import Run, write_bytes, write_json
 from mfllm_ref.society import agora
 from mfllm_ref.society.annotate import RuleAnnotator
@@ -222,11 +223,11 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int = 50) -> float
     return peak * min(1.0, (step + 1) / warmup, 2 * (1 - step / steps))
 
 
-def optimizers(backbone: Backbone, lr: float) -> list[torch.optim.Optimizer]:
+def optimizers(backbone: Backbone, lr: float, products: torch.dtype = torch.float32) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the layers, AdamW for embeddings, norms and biases; each keeps its own peak rate."""
     inner = [p for name, p in backbone.named_parameters() if p.dim() == 2 and ".layers." in name]
     rest = [p for name, p in backbone.named_parameters() if p.dim() != 2 or ".layers." not in name]
-    muon = torch.optim.Muon(inner, lr=lr, weight_decay=0.05, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    muon = Muon(inner, lr, weight_decay=0.05, products=products)
     adamw = torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
     for optimizer in (muon, adamw):
         for group in optimizer.param_groups:
@@ -236,13 +237,15 @@ def optimizers(backbone: Backbone, lr: float) -> list[torch.optim.Optimizer]:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How a backbone is pretrained. `rows` documents a step; `lr` is the peak learning rate of both optimizers."""
+    """How a backbone is pretrained. `rows` documents a step; `lr` is the peak learning rate of both optimizers; `mixed`:
+    bfloat16 products of the float32 weights."""
 
     steps: int = 1500
     rows: int = 9
     lr: float = 4e-3
     seed: int = 0
     clip: float = 1.0
+    mixed: bool = False
 
 
 def train_steps(
@@ -263,7 +266,7 @@ def train_steps(
         rng = np.random.default_rng([settings.seed, 1, step])
         batch = collate([corpus.draw(rng) for _ in range(settings.rows)], tokenizer, end=0)
         columns = (batch.ids, batch.positions, batch.segments, batch.targets)
-        with torch.autocast(device.type, dtype=torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=settings.mixed):
             nats, targets = loss_sums(backbone, Batch(*(t[own::size].to(device) for t in columns), batch.sorts[own::size]))
         sums, counts = torch.empty(2, settings.rows)
         for r, theirs in enumerate(ranks.gather((nats.detach().cpu(), targets.cpu()))):
@@ -329,8 +332,8 @@ def run(run: Run, settings: Mapping[str, Any], events: Sequence[Event] | None, d
     backbone = Backbone(config_for(settings["model_type"], shape, tokenizer.vocab_size))
     initialise(backbone, torch.Generator().manual_seed(settings["seed"]))
     backbone.to(device)
-    plan = Settings(settings["steps"], settings["rows"], settings["lr"], settings["seed"])
-    tuned = optimizers(backbone, plan.lr)
+    plan = Settings(settings["steps"], settings["rows"], settings["lr"], settings["seed"], mixed=settings["mixed"])
+    tuned = optimizers(backbone, plan.lr, torch.bfloat16 if plan.mixed else torch.float32)
     log, start = run.lines("log.jsonl"), 0
     if (earlier := load_state(state, device)) is not None:
         start = earlier[0]["step"]

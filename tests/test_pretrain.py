@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import train
-from mfllm_ref import pretrain, training
+from mfllm_ref import doors, pretrain, report, training
 from mfllm_ref.lm import LanguageModel
 from mfllm_ref.lm.backbone import Backbone
 from mfllm_ref.lm.tokenizer import Tokenizer
@@ -94,25 +94,29 @@ def test_a_label_and_its_share_are_one_piece():
     assert trained.encode(" oppose 05% neutral 100%").tokens == [" oppose 05%", " neutral 100%"]
 
 
-def test_an_update_weighs_a_summarys_tokens_more():
-    """Loss and gradient are those of the mean over all learned tokens, a summary's counting SUMMARY_WEIGHT times."""
+@pytest.mark.parametrize("mixed", [True, False])
+def test_an_update_weighs_a_summarys_tokens_more(mixed):
+    """Loss and gradient are those of the mean over all learned tokens, a summary's counting SUMMARY_WEIGHT times, of products
+    in bfloat16 or of none."""
     corpus = Corpus(2, RuleAnnotator(), 10, Mixture(summaries=0.5), lambda index: agora.event("train", index))
     tokenizer = Tokenizer.load(Path(__file__).resolve().parents[1] / "checkpoints" / "tiny")
     backbone = Backbone(pretrain.config_for("qwen2", pretrain.Shape(32, 2, 4, 2, 48, 0), tokenizer.vocab_size))
     pretrain.initialise(backbone, torch.Generator().manual_seed(0))
     before = copy.deepcopy(backbone)
-    plan = pretrain.Settings(steps=1, rows=6)
+    plan = pretrain.Settings(steps=1, rows=6, mixed=mixed)
     row = next(pretrain.train_steps(backbone, tokenizer, corpus, plan, 0, pretrain.optimizers(backbone, plan.lr)))
     rng = np.random.default_rng([plan.seed, 1, 0])
     batch = pretrain.collate([corpus.draw(rng) for _ in range(plan.rows)], tokenizer, end=0)
     weights = torch.tensor([pretrain.SUMMARY_WEIGHT if sort == "mean-field" else 1.0 for sort in batch.sorts])
     assert 0 < batch.sorts.count("mean-field") < plan.rows
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mixed):
         sums, counts = pretrain.loss_sums(before, batch)
+    other = pretrain.loss_sums(before, batch)[0] if mixed else None
+    assert not mixed or not torch.equal(sums, other), "so that the two cases can be told apart"
     loss = (weights * sums).sum() / (weights * counts).sum()
     loss.backward()
     norm = torch.stack([p.grad.norm() for p in before.parameters()]).norm()
-    assert row["loss"] == pytest.approx(loss.item(), rel=1e-5) and row["gradient_norm"] == pytest.approx(norm.item(), rel=1e-3)
+    assert row["loss"] == pytest.approx(loss.item(), rel=1e-6) and row["gradient_norm"] == pytest.approx(norm.item(), rel=1e-3)
 
 
 def test_optimizer_state_survives_tensors():
@@ -200,8 +204,23 @@ def test_a_pretrained_folder_loads_in_transformers_and_a_killed_run_resumes_to_t
     assert door(*options, "--out", tmp_path / "cut", "--resume")[0] == 0, "a finished run stays as it is"
 
 
+@pytest.mark.parametrize(("fast", "dtype", "mixed"), [
+    (True, "auto", True), (False, "auto", False), (True, "float32", False), (False, "bfloat16", True),
+])  # fmt: skip
+def test_products_are_bfloat16_where_the_cpu_multiplies_it_fast(tmp_path, monkeypatch, door, fast, dtype, mixed):
+    """Elsewhere they take 40 times as long as float32's."""
+    used = []
+    monkeypatch.setattr(doors, "fast_bfloat16", lambda: fast)
+    monkeypatch.setattr(pretrain, "run", lambda run, settings, *_, **__: used.append(settings["mixed"]) or {"parameters": 0, "response": {}})
+    monkeypatch.setattr(report, "loss_curve", lambda *_: None)
+    arguments = ("--stage", "pretrain", "--dtype", dtype, "--device", "cpu", "--threads", 1, "--out", tmp_path / "out")
+    door(*arguments)
+    assert used == [mixed]
+
+
 @pytest.mark.parametrize(("arguments", "said"), [
     (["--data", "nowhere"], "nowhere"), (["--lr", "7"], "--lr 7"), (["--steps", "0"], "--steps"), (["--stage", "x"], "--stage"),
+    (["--stage", "pretrain", "--dtype", "float64"], "--dtype float64"),
 ])  # fmt: skip
 def test_bad_options_are_one_line(tmp_path, arguments, said, door):
     code, _, errors = door(*arguments, "--out", tmp_path / "out")
