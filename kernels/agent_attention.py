@@ -31,7 +31,7 @@ from kernels.dispatch import runs_triton
 
 CELLS = 2**19  # scores held at once by the path that holds them (they should fit in cache), unless a single agent has more
 UNBOUNDED = 2**62  # and by the one that does not
-FEW = 512  # numbers in an agent's query rows up to which the flash kernel's work an agent is the larger part of its time
+FEW = 16  # an agent's query rows for a key head up to which the flash kernel spends more time on each agent than on its rows
 
 
 def agent_attention_reference(
@@ -292,8 +292,7 @@ def _flash(q: Tensor, prefix_k: Tensor, prefix_v: Tensor, suffix_k: Tensor, suff
         mask = None
         if plan.suffix_mask is not None:  # [agents, 1, 1, q_len, suffix], for the group's heads one below the other
             mask = plan.suffix_mask[some].expand(-1, -1, rows.shape[2] // q_len, -1, -1).flatten(2, 3)
-        few = rows.shape[2] * head_dim <= FEW
-        own, own_sum = (_dense if few else attend)(rows[some], suffix_k[some], suffix_v[some], attn_mask=mask)
+        own, own_sum = (_dense if rows.shape[2] <= FEW else attend)(rows[some], suffix_k[some], suffix_v[some], attn_mask=mask)
         mask = None if piece.mask is None else piece.mask[:, :, 0, 0]  # [worlds, 1, 1, prefix]
         known = prefix_k[worlds, :, :prefix], prefix_v[worlds, :, :prefix]
         shared, shared_sum = attend(_by_world(rows[some], piece), *known, attn_mask=mask)
@@ -303,12 +302,14 @@ def _flash(q: Tensor, prefix_k: Tensor, prefix_v: Tensor, suffix_k: Tensor, suff
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """What the flash kernel returns, by batched products: twice as fast where an agent has few rows, as in decode."""
+    """What the flash kernel returns, by batched products: twice as fast where an agent has few rows, as in decode.
+
+    A log-sum-exp is the largest score less the logarithm of its probability: exponentials are taken once, by softmax alone."""
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)
     if attn_mask is not None:
         scores += attn_mask
-    sums = scores.logsumexp(dim=-1, keepdim=True)
-    return (scores - sums).exp_() @ v, sums[..., 0]
+    shares = scores.softmax(dim=-1)
+    return shares @ v, scores.amax(dim=-1) - shares.amax(dim=-1).log_()
 
 
 def _joined(done: list[Tensor], q: Tensor, plan: Plan) -> Tensor:

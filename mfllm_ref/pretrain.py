@@ -195,9 +195,9 @@ def loss_sums(backbone: Backbone, batch: Batch) -> tuple[Tensor, Tensor]:
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with torch.autocast(device.type, enabled=False):
             q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-            if device.type != "cpu":
-                return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
-            return plain_attention(q, k, v, mask)
+            if device.type == "cpu" and mixed:
+                return plain_attention(q, k, v, mask)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
 
     hidden = backbone.hidden(batch.ids, batch.positions, attend)
     learned = batch.targets != -100

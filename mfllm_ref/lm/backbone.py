@@ -44,6 +44,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        if wide.dtype == x.dtype == self.weight.dtype:  # one pass over memory less
+            return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
         return self.weight * F.rms_norm(wide, wide.shape[-1:], eps=self.eps).to(x.dtype)
 
 
@@ -64,8 +66,7 @@ def rope_frequencies(config: Config) -> Tensor:
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """RoPE on x [batch, heads, time, head_dim]: dimension i turns with dimension i + head_dim / 2. cos and sin
     [batch or 1, 1, time, head_dim]; the first half of sin is negated."""
-    left, right = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((right, left), dim=-1) * sin
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
