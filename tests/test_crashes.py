@@ -52,6 +52,11 @@ class Server:
     def start(self, *arguments, **how) -> int:
         return self.ask(start=[*map(str, arguments), "--threads", "1"], **how)["run"]
 
+    def together(self, arguments: list[str], outs: list[Path], hows: list[dict]) -> list[dict]:
+        """The same run into several folders, one process and core each."""
+        started = [self.start(*arguments, "--out", out, **how) for out, how in zip(outs, hows, strict=True)]
+        return [self.ask(end=run) for run in started]
+
     def run(self, *arguments, **how) -> dict:
         end = {key: how.pop(key) for key in ("signal", "after") if key in how}
         return self.ask(end=self.start(*arguments, **how), **end)
@@ -95,13 +100,13 @@ def contents(out: Path) -> dict[str, object]:
     return found
 
 
-def resumed(server: Server, arguments: list[str], out: Path, expected: dict[str, object]) -> None:
+def resumed(server: Server, arguments: list[str], expected: dict[str, object], *outs: Path) -> None:
     """--resume ends, and what is there is what an uninterrupted run leaves."""
-    result = server.run(*arguments, "--out", out, "--resume")
-    assert result["code"] == 0 and result["stderr"] == "", result
-    found = contents(out)
-    assert found.keys() == expected.keys()
-    assert [name for name in found if found[name] != expected[name]] == []
+    for out, result in zip(outs, server.together([*arguments, "--resume"], list(outs), [{}] * len(outs)), strict=True):
+        assert result["code"] == 0 and result["stderr"] == "", result
+        found = contents(out)
+        assert found.keys() == expected.keys()
+        assert [name for name in found if found[name] != expected[name]] == []
 
 
 def test_killed_at_any_moment_and_resumed_it_ends_at_the_same_bytes(server, case, tmp_path):
@@ -117,7 +122,7 @@ def test_killed_at_any_moment_and_resumed_it_ends_at_the_same_bytes(server, case
             assert killed["code"] in (-signal.SIGKILL, 0), killed
             kills += killed["code"] != 0
             duration = duration if killed["code"] else after  # it came too late: other work had made the first run slow
-        resumed(server, arguments, out, expected)
+        resumed(server, arguments, expected, out)
         rounds += 1
 
 
@@ -125,10 +130,12 @@ def test_killed_in_the_middle_of_a_disk_operation_it_ends_at_the_same_bytes(serv
     """SIGKILL within a write, before a rename, a flush, a cut or a removal: half a line, half a file."""
     arguments, expected, whole = case
     assert whole["operations"] > 3 * KILLS
-    for die_at in range(3, whole["operations"], whole["operations"] // KILLS + 1):
-        out = tmp_path / str(die_at)
-        assert server.run(*arguments, "--out", out, die_at=die_at)["code"] == -signal.SIGKILL
-        resumed(server, arguments, out, expected)
+    moments = range(3, whole["operations"], whole["operations"] // KILLS + 1)
+    for some in (moments[k : k + 2] for k in range(0, len(moments), 2)):
+        outs = [tmp_path / str(die_at) for die_at in some]
+        killed = server.together(arguments, outs, [{"die_at": die_at} for die_at in some])
+        assert [result["code"] for result in killed] == [-signal.SIGKILL] * len(some)
+        resumed(server, arguments, expected, *outs)
 
 
 def test_ctrl_c_ends_at_once_and_can_be_resumed(server, case, tmp_path):
@@ -142,18 +149,17 @@ def test_ctrl_c_ends_at_once_and_can_be_resumed(server, case, tmp_path):
     assert ended["code"] == 130 and ended["after_signal"] < 2, ended
     assert len(ended["stderr"].splitlines()) == 1 and "--resume" in ended["stderr"]
     assert json.loads((tmp_path / "a" / "run.json").read_text())["status"] == "interrupted"
-    resumed(server, arguments, tmp_path / "a", expected)
+    resumed(server, arguments, expected, tmp_path / "a")
 
 
 def test_a_full_disk_is_one_line_and_can_be_resumed(server, case, tmp_path):
     """Wherever space runs out: exit 2, one line that names the file, and with space again the same bytes."""
     arguments, expected, _ = case
     sizes = sorted(len(content) for content in expected.values() if isinstance(content, bytes))
-    for k, size in enumerate((3000, sizes[-1] - 1)):
-        out = tmp_path / str(k)
-        full = server.run(*arguments, "--out", out, file_bytes=size)
+    outs = [tmp_path / "early", tmp_path / "late"]
+    for out, full in zip(outs, server.together(arguments, outs, [{"file_bytes": n} for n in (3000, sizes[-1] - 1)]), strict=True):
         assert full["code"] == 2 and len(full["stderr"].splitlines()) == 1 and str(out) in full["stderr"], full
-        resumed(server, arguments, out, expected)
+    resumed(server, arguments, expected, *outs)
 
 
 @pytest.mark.parametrize("out", ["/dev/full", "/proc/nowhere/run", "{file}/below", "{file}"])
@@ -196,7 +202,7 @@ def test_resuming_with_other_settings_is_refused_by_name(server, case, tmp_path)
         assert refused["code"] == 2 and f" {name} was " in refused["stderr"], refused
         assert len(refused["stderr"].splitlines()) == 1
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
-    resumed(server, arguments, out, expected)
+    resumed(server, arguments, expected, out)
 
 
 def test_numbers_that_overflow_are_one_line(capsys):
