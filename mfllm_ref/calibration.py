@@ -77,7 +77,7 @@ def summary_errors(
     Rows "warm-up", "rollout" and "all" of agora's steps. `error` is the root mean square, in percentage points over labels and
     dimensions that the summary states, of what it says less what exactly follows from what it was told; `grid` the same of
     those shares as `verbalise` rounds them at random, which is as near as words can be in expectation; `lost` the part of
-    summaries that lack a dimension.
+    summaries that lack a dimension. NaN is the error of one that states none.
     """
     found: dict[str, list[tuple[np.ndarray, np.ndarray, bool]]] = {"warm-up": [], "rollout": []}
     for past in pasts:
@@ -96,8 +96,9 @@ def summary_errors(
     table = {}
     for name, rows in found.items():
         errors, grid = (np.concatenate([row[i] for row in rows]) for i in range(2))
-        table[name] = {"error": float(np.sqrt(np.mean(errors**2))), "grid": float(np.sqrt(np.mean(grid**2))),
-                       "lost": float(np.mean([row[2] for row in rows]))}  # fmt: skip
+        table[name] = {"lost": float(np.mean([row[2] for row in rows]))}
+        for key, some in (("error", errors), ("grid", grid)):  # a model that states no shares at all has no error
+            table[name][key] = float(np.sqrt(np.mean(some**2))) if len(some) else float("nan")
     return table
 
 

@@ -72,7 +72,7 @@ class Shape:
 
 
 SHAPES = {
-    "tiny": Shape(dim=192, layers=6, heads=6, kv_heads=2, intermediate=512, vocab=2944),
+    "tiny": Shape(dim=192, layers=6, heads=6, kv_heads=2, intermediate=512, vocab=2304),
     "small": Shape(dim=256, layers=6, heads=8, kv_heads=2, intermediate=768, vocab=8192),
 }
 
@@ -356,8 +356,9 @@ def run(run: Run, settings: Mapping[str, Any], events: Sequence[Event] | None, d
     tokenizer = Tokenizer.load(run.out)
     shape, state = SHAPES[settings["shape"]], run.out / STATE
     backbone = Backbone(config_for(settings["model_type"], shape, tokenizer.vocab_size))
-    initialise(backbone, torch.Generator().manual_seed(settings["seed"]))
-    place_shares(backbone.model.embed_tokens.weight, tokenizer, torch.Generator().manual_seed(settings["seed"]))
+    generator = torch.Generator().manual_seed(settings["seed"])
+    initialise(backbone, generator)
+    place_shares(backbone.model.embed_tokens.weight, tokenizer, generator)
     backbone.to(device)
     plan = Settings(settings["steps"], settings["rows"], settings["lr"], settings["seed"], mixed=settings["mixed"])
     tuned = optimizers(backbone, plan.lr, torch.bfloat16 if plan.mixed else torch.float32)

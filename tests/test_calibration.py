@@ -1,5 +1,6 @@
 """What the measures rest on: agora's ceiling, and how agreement with known labels is measured."""
 
+import math
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -116,6 +117,12 @@ def test_summary_errors_are_what_a_writer_adds_to_the_exact_shares():
     table = summary_errors(Writer([verbalise(shares, "en") for shares in exact]), [past])
     for row in table.values():
         assert 0 < row["error"] < row["grid"] < GRID and row["lost"] == 0, "to the nearest is nearer than at random"
+
+
+def test_a_writer_of_other_things_loses_everything_and_errs_by_nothing_known():
+    past = Past(agora.event("dev", 0), RuleAnnotator(), 10)
+    table = summary_errors(Writer(["all is well"] * past.steps), [past])
+    assert all(row["lost"] == 1 and math.isnan(row["error"]) and row["grid"] > 0 for row in table.values())
 
 
 def test_the_steps_of_the_warm_up_are_a_row_of_their_own():
