@@ -115,14 +115,17 @@ def test_killed_at_any_moment_and_resumed_it_ends_at_the_same_bytes(server, case
     rng, duration = random.Random(0), whole["seconds"]
     kills = rounds = 0
     while kills < KILLS:
-        out = tmp_path / str(rounds)
+        outs = [tmp_path / f"{rounds}-{k}" for k in range(2)]
         for _ in range(3):
-            after = rng.uniform(0, duration)
-            killed = server.run(*arguments, "--out", out, "--resume", signal=signal.SIGKILL, after=after)
-            assert killed["code"] in (-signal.SIGKILL, 0), killed
-            kills += killed["code"] != 0
-            duration = duration if killed["code"] else after  # it came too late: other work had made the first run slow
-        resumed(server, arguments, expected, out)
+            moments = sorted(rng.uniform(0, duration) for _ in outs)
+            started = [server.start(*arguments, "--out", out, "--resume") for out in outs]
+            for run, after in zip(started, (moments[0], moments[1] - moments[0]), strict=True):
+                killed = server.ask(end=run, signal=signal.SIGKILL, after=after)
+                assert killed["code"] in (-signal.SIGKILL, 0), killed
+                kills += killed["code"] != 0
+                # It came too late: other work had made the first run slow.
+                duration = duration if killed["code"] else min(duration, moments[1])
+        resumed(server, arguments, expected, *outs)
         rounds += 1
 
 
