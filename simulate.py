@@ -37,7 +37,7 @@ def parser() -> doors.Parser:
                       "built-in world, all of --data)")  # fmt: skip
     what.add_argument("--method", metavar="A,B,C", help="methods to compare (default: all whose adapters exist)")
     what.add_argument("--agents", type=doors.positive, metavar="N", help="first N actions of an event, warm-up "
-                      "included (default: 120 of the built-in world, else all)")  # fmt: skip
+                      "included (default: 110 of the built-in world, else all)")  # fmt: skip
     what.add_argument("--batch", type=doors.positive, default=10, metavar="B", help="agents a step (default: 10)")
     what.add_argument("--warmup", type=doors.natural, default=50, metavar="W", help="first W actions are the real "
                       "ones, the rest is simulated (default: 50)")  # fmt: skip

@@ -9,6 +9,7 @@ On CUDA these are Qwen2-1.5B's shapes in bfloat16 and the Triton kernels, else s
 
 import argparse
 import json
+import os
 import platform
 import shutil
 import statistics
@@ -28,6 +29,7 @@ from kernels.agent_attention import Plan
 from kernels.ib_loss import ib_loss_reference
 
 Call = Callable[[], object]
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # PyTorch's profiler, which measures memory, logs four lines a call
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ from mfllm_ref.society.rollout import (
     METHODS, Annotator, Intervention, Method, Rows, Settings, World, complete_steps, horizon, rollout,
 )  # fmt: skip
 
-# What a run without arguments simulates: one event of each domain, one window of 70 actions behind the warm-up.
-BUILT_IN_EVENTS, BUILT_IN_AGENTS = 7, 120
+# What a run without arguments simulates: one event of each domain, one window of 60 actions behind the warm-up.
+BUILT_IN_EVENTS, BUILT_IN_AGENTS = 7, 110
 CONTINUATIONS = 4  # true continuations that agora's floor and true effect are means of
 
 

@@ -32,6 +32,7 @@ def test_the_command_prints_and_writes_every_call(kernel_runs):
     output, run = kernel_runs
     names = [row["name"] for row in run["rows"]]
     assert names == ["agent_attention", "SDPA, prefix repeated", "ib_loss", "materialised", "chunked eager"]
+    assert "Profiler" not in output, "nothing but the tables"
     assert all(name in output for name in names) and run["copy_bytes_per_second"] > 0
     for row in run["rows"]:
         assert row["milliseconds"] > 0 and row["peak_bytes"] > 0
@@ -40,10 +41,11 @@ def test_the_command_prints_and_writes_every_call(kernel_runs):
 
 
 @pytest.fixture
-def kernel_runs(tmp_path, monkeypatch, capsys):
+def kernel_runs(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(bench, "compiles", lambda device: False)
     monkeypatch.setattr(bench, "ceilings", lambda device, dtype: (1e10, 1e11))
     monkeypatch.setattr(bench, "SHAPES", {(kernel, "cpu"): [shape] for kernel, shape in SMALL.items()})
     bench.main(["--json", str(tmp_path / "run.json")])
-    return capsys.readouterr().out, json.loads((tmp_path / "run.json").read_text())
+    said = capfd.readouterr()
+    return said.out + said.err, json.loads((tmp_path / "run.json").read_text())
