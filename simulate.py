@@ -14,8 +14,6 @@ from pathlib import Path
 
 from mfllm_ref import doors
 
-CHECKPOINTS = Path(__file__).resolve().parent / "checkpoints"
-
 EPILOG = """\
 It writes to --out: report.png (look at this first), metrics.json (every number of the table it prints, and more),
 trajectory.jsonl (each action, simulated and real, with its labels), mean_field.jsonl (the summaries of the population)
@@ -80,8 +78,8 @@ def main() -> None:
 
     threads = doors.threads(args)
     device, dtype = doors.device_and_dtype(args, training=False)
-    backbone = args.backbone or CHECKPOINTS / "tiny"
-    own = CHECKPOINTS / "tiny-adapters"
+    backbone = args.backbone or doors.CHECKPOINTS / "tiny"
+    own = doors.CHECKPOINTS / "tiny-adapters"
     folder = args.adapters or (own if args.backbone is None and own.is_dir() else None)
     given = {"policy": args.policy_adapter, "mean-field": args.mean_field_adapter}
     adapters = simulation.find_adapters(folder, given)

@@ -15,8 +15,6 @@ from pathlib import Path
 
 from mfllm_ref import doors
 
-CHECKPOINTS = Path(__file__).resolve().parent / "checkpoints"
-
 EPILOG = """\
 It writes to --out: an adapter a folder (PEFT's format: `simulate.py --adapters OUT`), or with --stage pretrain a Hugging Face
 style folder (`simulate.py --backbone OUT`), log.jsonl, loss.png, response.png and run.json. Ctrl-C is safe: the same command
@@ -126,7 +124,7 @@ def tuning(args: argparse.Namespace, data: Path | None, out: Path, common: dict)
         dataclasses.replace(settings, beta=beta).check()
     steps = (args.steps or 60, args.steps or 300)
     todo = tuning.jobs(args.stage, args.method.split(",") if args.method else None, steps, args.beta)
-    backbone = args.backbone or CHECKPOINTS / "tiny"
+    backbone = args.backbone or doors.CHECKPOINTS / "tiny"
     events, annotate = load_events(data) if data else None, RuleAnnotator()
     tuned, dev = tuning.choose_events(events, args.leave_out, tuning.pretrained_here(backbone), args.batch, annotate)
 
@@ -135,7 +133,7 @@ def tuning(args: argparse.Namespace, data: Path | None, out: Path, common: dict)
     plane = len(args.beta) > 1
     needed = {job.mean_field for job in todo if job.mean_field} - {job.name for job in todo} | ({"sft"} if plane else set())
     for name in needed:
-        own = CHECKPOINTS / "tiny-adapters" / name
+        own = doors.CHECKPOINTS / "tiny-adapters" / name
         adapters[name] = adapters[name] or (own if args.backbone is None and own.is_dir() else None)
         if adapters[name] is None:
             raise doors.InputError(f"--{name}-adapter: stage {args.stage} needs one")

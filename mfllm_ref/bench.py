@@ -46,7 +46,7 @@ from mfllm_ref.lm.tokenizer import Tokenizer
 from mfllm_ref.scale import scale
 from mfllm_ref.society.corpus import Document
 
-TINY = Path(__file__).resolve().parents[1] / "checkpoints" / "tiny"
+TINY = doors.CHECKPOINTS / "tiny"
 SHAPES = {
     "tiny": pretrain.SHAPES["tiny"],
     "bench-52m": pretrain.Shape(dim=512, layers=12, heads=8, kv_heads=2, intermediate=1536, vocab=32_000),

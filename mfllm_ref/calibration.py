@@ -25,7 +25,7 @@ from mfllm_ref.society.readers import load_events
 from mfllm_ref.society.rollout import Annotator
 from mfllm_ref.society.signals import parse, verbalise
 
-TINY = Path(__file__).resolve().parents[1] / "checkpoints" / "tiny"
+TINY = doors.CHECKPOINTS / "tiny"
 
 
 def ceiling(

@@ -12,6 +12,7 @@ from typing import NoReturn
 from mfllm_ref import ranks
 from mfllm_ref.errors import InputError, Notice
 
+CHECKPOINTS = Path(__file__).resolve().parents[1] / "checkpoints"  # what runs use by default: tiny/ and tiny-adapters/
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 

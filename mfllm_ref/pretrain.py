@@ -43,6 +43,7 @@ SUMMARY_WEIGHT = 4.0
 HELD_OUT = 20  # events that the response curve is drawn on
 TOKENIZER_DOCUMENTS, POPULATIONS = 6000, 4  # that the tokenizer is trained on: documents, populations in words beside each
 END = "<|endoftext|>"
+EMBEDDING = 0.05  # deviation of its first weights
 # Newlines stand alone (they end prompts and sections), and an emoticon in brackets is one piece. A label and its percentage
 # are one piece (` oppose 45%`), with the heading before the first of them (`; stance: support 50%`): what the population does
 # can then be read off single tokens by any attention head, where label and digits apart would first have to be brought
@@ -211,11 +212,11 @@ def loss_sums(backbone: Backbone, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def initialise(backbone: Backbone, generator: torch.Generator) -> None:
-    """Normal weights of deviation fan_in**-0.5, outputs of blocks smaller by sqrt(2 layers); the embedding 0.05."""
+    """Normal weights of deviation fan_in**-0.5, outputs of blocks smaller by sqrt(2 layers); the embedding EMBEDDING."""
     scale = (2 * backbone.config.layers) ** -0.5
     for name, parameter in backbone.named_parameters():
         if parameter.dim() == 2:
-            std = 0.05 if "embed" in name or "lm_head" in name else parameter.shape[1] ** -0.5
+            std = EMBEDDING if "embed" in name or "lm_head" in name else parameter.shape[1] ** -0.5
             std *= scale if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
             with torch.no_grad():
                 parameter.normal_(std=std, generator=generator)
@@ -241,7 +242,7 @@ def place_shares(embedding: Tensor, tokenizer: Tokenizer, generator: torch.Gener
     places = 2**0.5 * torch.cos(percent[:, None] * waves + 2 * torch.pi * uniform[1])
     label = torch.randn(len(labels), dim, generator=generator)[which]
     with torch.no_grad():
-        embedding[ids] = 0.05 * 0.5**0.5 * (label + places)
+        embedding[ids] = EMBEDDING * 0.5**0.5 * (label + places)
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int = 50) -> float:

@@ -160,7 +160,7 @@ def test_bad_options_are_one_line(options, tmp_path, arguments, said, door):
 
 
 def test_an_adapter_for_another_backbone_is_refused_by_name_and_shape(options, tmp_path, door):
-    other = LanguageModel.load(train.CHECKPOINTS / "tiny")
+    other = LanguageModel.load(train.doors.CHECKPOINTS / "tiny")
     other.add_adapter("mean-field", rank=2)
     other.save_adapter("mean-field", tmp_path / "mean-field")
     code, _, errors = door(*options, "--stage", "policy", "--mean-field-adapter", tmp_path / "mean-field", "--out", tmp_path / "out")
