@@ -182,7 +182,8 @@ def tuning(args: argparse.Namespace, data: Path | None, out: Path, common: dict)
         if result:
             tuner.log.append([result])
         run.complete(**result)
-    print(f"\nEverything is in {out}: see loss.png" + (" and response.png" if policies else ""))
+    drawn = ["loss.png", *(["information_plane.png"] if plane else []), *(["response.png"] if policies else [])]
+    print(f"\nEverything is in {out}: see {' and '.join(drawn)}")
 
 
 def main() -> None:

@@ -122,6 +122,11 @@ class Chain:
     summary: str = ""
 
 
+def begun(pasts: Sequence[Past], past: int, step: int) -> Chain:
+    """A chain from `step` on: the summary before states the exact shares. An empty one belongs to an event's beginning."""
+    return Chain(past, step, pasts[past].population[step - 1])
+
+
 class Chains:
     """As many chains as an update has rows. A chain that has passed its event begins another. `state` is all there is to
     know to go on."""
@@ -137,7 +142,7 @@ class Chains:
         past = int(rng.integers(len(self.pasts)))
         step = 1 if self.started[row] else int(rng.integers(1, self.pasts[past].steps))
         self.started[row] += 1
-        return Chain(past, step)
+        return begun(self.pasts, past, step)
 
     @property
     def state(self) -> list[list]:
@@ -348,7 +353,7 @@ def information(
 ) -> Information:  # fmt: skip
     """What mean-field adapter `mean_field` costs and gives on fixed steps of `pasts` with fixed noise: one chain of `length`
     summaries a past, begun anywhere. blind: the adapter of the policy that is told nothing."""
-    now = [Chain(i, 1 + hashed("dev", past.event.id) % max(1, past.steps - length)) for i, past in enumerate(pasts)]
+    now = [begun(pasts, i, 1 + hashed("dev", past.event.id) % max(1, past.steps - length)) for i, past in enumerate(pasts)]
     found: dict[str, list[Tensor]] = {"kl": [], "reward": [], "blind": []}
     for turn in range(length):
         now = [chain for chain in now if chain.step < pasts[chain.past].steps]

@@ -228,6 +228,23 @@ def test_the_reward_is_the_log_likelihood_of_the_guided_step(tuned, pasts):
             assert [a for _, a in document.branches] == [" ".join(a.text.split()) for a in pasts[chain.past].actions(chain.step)]
 
 
+def test_a_chain_that_begins_mid_event_is_told_the_exact_shares_before(tuned, pasts, monkeypatch):
+    """Only an event's first step knows of no population: an empty summary anywhere else is never seen in a rollout."""
+    drawn, draw = [], ib_tune.draw
+
+    def watched(lm, pasts, chains, *rest):
+        drawn.extend(chains)
+        return draw(lm, pasts, chains, *rest)
+
+    monkeypatch.setattr(ib_tune, "draw", watched)
+    ib_tune.information(tuned, pasts, SMALL, None, None, length=1)
+    begun = [*drawn, *Chains(pasts, 4, 3).chains]
+    assert len(drawn) == len(pasts) and any(chain.step > 1 for chain in drawn) and any(chain.step > 1 for chain in begun[len(drawn):])
+    for chain in begun:
+        assert chain.summary == pasts[chain.past].population[chain.step - 1]
+        assert (chain.summary == "") == (chain.step == 1)
+
+
 def test_chains_go_on_with_sample_one_and_can_be_put_down_and_taken_up(pasts):
     chains = Chains(pasts, 4, 3)
     assert len({chain.step for chain in chains.chains}) > 1, "rows are out of phase"

@@ -123,7 +123,8 @@ def test_several_betas_draw_the_information_plane(options, tmp_path, door):
     assert door(*options, "--stage", "sft", "--method", "sft", "--out", tmp_path / "sft")[0] == 0
     sft = tmp_path / "sft" / "sft"
     out = tmp_path / "plane"
-    assert door(*options, "--stage", "mean-field", "--beta", "0.1,10", "--sft-adapter", sft, "--out", out)[0] == 0
+    code, said, _ = door(*options, "--stage", "mean-field", "--beta", "0.1,10", "--sft-adapter", sft, "--out", out)
+    assert code == 0 and "see loss.png and information_plane.png" in said
     points = json.loads((out / "run.json").read_text())["plane"]
     assert [point["beta"] for point in points] == [0.1, 10.0] and all(point["kl"] >= 0 for point in points)
     assert (out / "information_plane.png").stat().st_size > 5000

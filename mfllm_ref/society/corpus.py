@@ -52,14 +52,14 @@ class Past:
         # Label numbers of all actions, per dimension.
         self.codes = {d: np.array([names.index(row[d]) for row in labels]) for d, names in DIMENSIONS.items()}
         history = History(batch)
-        self.signals: list[dict[str, Signal | None]] = []
-        self.population = [""]  # the exact empirical shares in words, at the start of each step
-        self.weights = [0.0]  # of the past in them, in steps
-        for step in range(self.steps):
+        self.signals: list[dict[str, Signal | None]] = []  # at the start of each step, and behind the last
+        self.weights: list[float] = []  # of the past in the shares of "empirical", in steps
+        for step in range(self.steps + 1):
             self.signals.append({kind: history.signal(kind, event.language) for kind in KINDS})
-            history.update(self.actions(step))
-            self.population.append(verbalise(history.population(), event.language))
             self.weights.append(history.weight)
+            history.update(self.actions(step))
+        # The exact empirical shares in words.
+        self.population = [told["empirical"].lines[0] if told["empirical"] else "" for told in self.signals]
 
     @property
     def steps(self) -> int:
