@@ -39,8 +39,8 @@ def parser() -> doors.Parser:
                      "policy 300, pretrain 1500)")  # fmt: skip
     out.add_argument("--rows", type=doors.positive, help="population steps, or documents, that an update learns from "
                      "(default: 8; pretrain: 9)")  # fmt: skip
-    out.add_argument("--lr", type=float, help="peak learning rate (default: mean-field 0.0005, policy 0.001, "
-                     "pretrain 0.004)")  # fmt: skip
+    out.add_argument("--lr", type=float, help="peak learning rate (default: mean-field 0.0005, "
+                     "of several betas 0.004, policy 0.001, pretrain 0.004)")  # fmt: skip
     out.add_argument("--batch", type=doors.positive, default=10, metavar="B", help="actions a population step (default: 10)")
     out.add_argument("--save-every", type=doors.positive, help="steps between states on disk (default: 20; pretrain: 100)")
     tune = out.add_argument_group("tuning")
@@ -164,8 +164,8 @@ def tuning(args: argparse.Namespace, data: Path | None, out: Path, common: dict)
         report.loss_curve(runs.read_json_lines(out / "log.jsonl"), out / "loss.png")
         result: dict = {}
         if plane:
-            result["plane"] = tuning.information_plane(lm, dev, settings, todo, reward, "sft")
-            report.information_plane(result["plane"], out / "information_plane.png")
+            result["plane"], result["untuned"] = tuning.information_plane(lm, dev, settings, todo, reward, "sft")
+            report.information_plane(result["plane"], result["untuned"], out / "information_plane.png")
         policies = [job.name for job in todo if job.signal in ("mean-field", "empirical")]
         if policies:
             curves = tuning.responses(lm, dev, annotate, policies[0], known=data is None)

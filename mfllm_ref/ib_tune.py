@@ -43,7 +43,7 @@ class Settings:
     steps: int = 100
     rows: int = 8
     micro: int = 8
-    lr: float | None = None  # None: that of the stage, tuning.DEFAULT_LR
+    lr: float | None = None  # None: the job's, see tuning.jobs
     samples: int = 4  # K
     beta: float = 1.0
     repetition_penalty: float = 0.0  # taken off the reward for each token that the summary has had before

@@ -268,20 +268,23 @@ def response(
         _save(page, path)
 
 
-def information_plane(points: Sequence[Mapping[str, float]], path: Path) -> None:
-    """Write the information plane as PNG: one point a beta, {"beta", "kl", "gain"} in nats a step."""
+def information_plane(points: Sequence[Mapping[str, float]], untuned: Mapping[str, float], path: Path) -> None:
+    """Write the information plane as PNG: one point a beta, {"beta", "kl", "gain"} in nats a step, beside the untuned mean
+    field's. It begins at 0, where a summary holds nothing and tells nothing, so that noise does not look like a trade."""
     with matplotlib.style.context("default"):
         page = Figure(figsize=(7, 5), dpi=100, layout="constrained")
         axis = page.subplots()
         ordered = sorted(points, key=lambda point: point["beta"])
-        kl, gain = ([point[key] for point in ordered] for key in ("kl", "gain"))
-        axis.plot(kl, gain, "o-", color=_FAMILIES["mf-llm"])
-        for point in ordered:
-            axis.annotate(f"beta {point['beta']:g}", (point["kl"], point["gain"]), (6, -12), textcoords="offset points")
+        axis.plot([p["kl"] for p in ordered], [p["gain"] for p in ordered], "o-", color=_FAMILIES["mf-llm"])
+        axis.plot(untuned["kl"], untuned["gain"], "o", color=_FAMILIES["persistence"])
+        for name, point in [("untuned", untuned), *((f"beta {p['beta']:g}", p) for p in ordered)]:
+            axis.annotate(name, (point["kl"], point["gain"]), (6, -12), textcoords="offset points")
         axis.set_xlabel("KL(mu || r), the bound on I(m; X, c), nats a step")
         axis.set_ylabel("gain in action log-likelihood over the sft policy,\nan estimate of I(m; Y), nats a step")
         axis.set_title("The information plane", loc="left")
         axis.margins(0.15)
+        axis.set_xlim(left=0)
+        axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
         _plain(axis)
         _save(page, path)
 

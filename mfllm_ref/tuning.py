@@ -30,7 +30,9 @@ MEAN_FIELD, POLICY = "mean-field", "policy"
 RIVALS = ("sft", "recent-sft", "popular-sft", "empirical-sft")
 DEV_EVENTS, DEV_STEPS = 24, (3, 8)  # held-out events that select an adapter, and the steps of theirs that a policy writes
 SELECTIONS = 5  # how often the dev events are looked at
-DEFAULT_LR = (5e-4, 1e-3)  # of the mean field, whose gradient is a noisy estimate, and of a policy
+# Learning rates. At the plane's, the same updates take each beta near to where it leads: all move far from the untuned mean
+# field, in the objective for the better, in a rollout for the worse, which the stage's own rate guards against.
+MEAN_FIELD_LR, PLANE_LR, POLICY_LR = 5e-4, 4e-3, 1e-3
 SHOWN = 7  # events that the table before and after is made of
 
 
@@ -43,6 +45,7 @@ class Job:
     signal: str | None
     mean_field: str | None
     steps: int
+    lr: float  # unless the settings name one
     beta: float | None = None
 
 
@@ -56,7 +59,7 @@ def jobs(stage: str, methods: Sequence[str] | None, steps: tuple[int, int], beta
     if len(betas) > 1:
         if stage != MEAN_FIELD:
             raise InputError("--beta: several values are for --stage mean-field")
-        return [Job(f"beta-{beta:g}/{MEAN_FIELD}", None, None, steps[0], beta) for beta in dict.fromkeys(betas)]
+        return [Job(f"beta-{beta:g}/{MEAN_FIELD}", None, None, steps[0], PLANE_LR, beta) for beta in dict.fromkeys(betas)]
     if methods is None:
         methods = RIVALS if stage == "sft" else ("mf-llm",)
     elif list(methods) == ["all"]:
@@ -68,11 +71,11 @@ def jobs(stage: str, methods: Sequence[str] | None, steps: tuple[int, int], beta
     chosen = [METHODS[name] for name in METHODS if name in methods]
     found: dict[str, Job] = {}
     if stage in ("all", MEAN_FIELD) and (stage == MEAN_FIELD or any(m.mean_field for m in chosen)):
-        found[MEAN_FIELD] = Job(MEAN_FIELD, None, None, steps[0], betas[0])
+        found[MEAN_FIELD] = Job(MEAN_FIELD, None, None, steps[0], MEAN_FIELD_LR, betas[0])
     for method in sorted(chosen, key=lambda m: m.policy != POLICY):
         if method.policy and stage in ("all", "sft" if method.name in RIVALS else POLICY):
             updates = sum(steps) if method.name in RIVALS else steps[1]
-            found[method.policy] = Job(method.policy, method.signal, method.mean_field, updates)
+            found[method.policy] = Job(method.policy, method.signal, method.mean_field, updates, POLICY_LR)
     if not found:
         raise InputError(f"--method {','.join(methods)}: stage {stage} tunes nothing of it")
     return list(found.values())
@@ -138,8 +141,8 @@ class Tuner:
 
     def one(self, job: Job, earlier: tuple[dict, dict[str, dict[str, Tensor]]] | None) -> None:
         """Tune one adapter and save it; `earlier` is the state to go on from."""
-        lm, lr = self.lm, self.settings.lr or DEFAULT_LR[job.signal is not None]
-        settings = replace(self.settings, steps=job.steps, beta=job.beta or self.settings.beta, lr=lr)
+        lm, settings = self.lm, self.settings
+        settings = replace(settings, steps=job.steps, beta=job.beta or settings.beta, lr=settings.lr or job.lr)
         lm.add_adapter(job.name, self.rank, 2.0 * self.rank, "all-linear", seed=hashed("adapter", settings.seed) % 2**31)
         parameters = lm.adapters.parameters(job.name)
         best = [p.detach().clone() for p in parameters]
@@ -276,10 +279,10 @@ def compare(
 
 def information_plane(
     lm: LanguageModel, dev: Sequence[Past], settings: Settings, todo: Sequence[Job], policy: str | None, sft: str
-) -> list[dict[str, float]]:  # fmt: skip
-    """One point a job (a beta), in nats a step: "kl", the bound on I(m; X, c), and "gain" in action log-likelihood over the
-    `sft` policy, an estimate of I(m; Y)."""
-    found = [ib_tune.information(lm, dev, settings, job.name, policy, sft) for job in todo]
-    return [
-        {"beta": job.beta, "kl": point.kl, "gain": point.reward - point.blind} for job, point in zip(todo, found, strict=True)
-    ]
+) -> tuple[list[dict[str, float]], dict[str, float]]:  # fmt: skip
+    """(a point a job, that is a beta; the untuned mean field's), in nats a step: "kl", the bound on I(m; X, c), and "gain" in
+    action log-likelihood over the `sft` policy, an estimate of I(m; Y)."""
+    names = [None, *(job.name for job in todo)]
+    found = [ib_tune.information(lm, dev, settings, name, policy, sft) for name in names]
+    untuned, *points = [{"kl": point.kl, "gain": point.reward - point.blind} for point in found]
+    return [{"beta": job.beta} | point for job, point in zip(todo, points, strict=True)], untuned
