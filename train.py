@@ -17,8 +17,8 @@ from mfllm_ref import doors
 
 EPILOG = """\
 It writes to --out: an adapter a folder (PEFT's format: `simulate.py --adapters OUT`), or with --stage pretrain a Hugging Face
-style folder (`simulate.py --backbone OUT`), log.jsonl, loss.png, response.png and run.json. Ctrl-C is safe: the same command
-with --out and --resume goes on. Exit codes: 0 done, 2 bad input, 130 interrupted."""
+style folder (`simulate.py --backbone OUT`), log.jsonl, loss.png, response.png or, of several betas, information_plane.png,
+and run.json. Ctrl-C is safe: the same command with --out and --resume goes on. Exit codes: 0 done, 2 bad input, 130 interrupted."""
 
 
 def betas(text: str) -> list[float]:
