@@ -78,15 +78,19 @@ SHAPES = {
 }
 
 
+# Without a sliding window a mistral would be a llama. An agent's prompt fits into this one, a mean-field prompt (360 tokens) does not.
+WINDOWS = {"mistral": 256}
+
+
 def config_for(model_type: str, shape: Shape, vocab_size: int) -> Config:
-    """A tied backbone of the family `model_type` with full attention and 4,096 positions."""
+    """A tied backbone of the family `model_type` with 4,096 positions and full attention, but for WINDOWS."""
     return Config.from_json(
         {
             "model_type": model_type, "vocab_size": vocab_size, "hidden_size": shape.dim,
             "num_hidden_layers": shape.layers, "num_attention_heads": shape.heads,
             "num_key_value_heads": shape.kv_heads, "head_dim": shape.dim // shape.heads,
             "intermediate_size": shape.intermediate, "rms_norm_eps": 1e-6, "rope_theta": 10_000.0,
-            "max_position_embeddings": 4096, "tie_word_embeddings": True, "sliding_window": None,
+            "max_position_embeddings": 4096, "tie_word_embeddings": True, "sliding_window": WINDOWS.get(model_type),
         },
         "the new backbone",
     )  # fmt: skip
@@ -181,24 +185,27 @@ def collate(
     return Batch(*columns, [sort for sort, _ in documents])
 
 
-def block_mask(segments: Tensor) -> Tensor:
-    """bool [rows, 1, time, time], True where row i may look at j: j is not after i, and is in the prefix or i's branch."""
-    time_ = segments.shape[1]
-    causal = torch.ones(time_, time_, dtype=torch.bool, device=segments.device).tril()
+def block_mask(batch: Batch, window: int | None, dtype: torch.dtype) -> Tensor:
+    """[rows, 1, time, time]: 0 where row i may look at j, else -inf. j is not after i, in the prefix or in i's branch, and with a
+    window fewer than `window` positions back."""
+    segments, positions = batch.segments, batch.positions
     own = segments[:, :, None] == segments[:, None, :]  # padding sees padding, so that no row of the softmax is empty
-    return (causal & (own | (segments[:, None, :] == 0)))[:, None]
+    visible = (own | (segments[:, None, :] == 0)).tril()
+    if window is not None:
+        visible &= positions[:, :, None] - positions[:, None, :] < window
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, -torch.inf)[:, None]
 
 
 def loss_sums(backbone: Backbone, batch: Batch) -> tuple[Tensor, Tensor]:
     """Negative log-likelihood in nats of each row's targets, and their number: float32 [rows] each."""
-    device, visible = batch.ids.device, block_mask(batch.segments)
+    device, windows = batch.ids.device, backbone.config.windows
     mixed = torch.is_autocast_enabled(device.type)
     dtype = torch.bfloat16 if mixed else next(backbone.parameters()).dtype
-    mask = torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill_(~visible, -torch.inf)
+    masks = {window: block_mask(batch, window, dtype) for window in set(windows)}
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with torch.autocast(device.type, enabled=False):
-            q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+            q, k, v, mask = q.to(dtype), k.to(dtype), v.to(dtype), masks[windows[layer]]
             if device.type == "cpu" and mixed:
                 return plain_attention(q, k, v, mask)
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)

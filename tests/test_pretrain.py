@@ -26,17 +26,22 @@ DOCUMENTS = [
 ]  # fmt: skip
 
 
-def test_the_block_mask_gives_every_branch_its_own_prompt(random_lm):
-    """The loss of packed branches is the sum of what each would have alone behind the prefix: log_prob's own value."""
-    batch = pretrain.collate(DOCUMENTS, random_lm.tokenizer, end=0, length=256)
-    random_lm.backbone.float()
-    sums, counts = pretrain.loss_sums(random_lm.backbone, batch)
-    random_lm.backbone.double()
+@pytest.mark.parametrize("model_type", ["qwen2", "mistral"])
+def test_the_block_mask_gives_every_branch_its_own_prompt(random_lm, monkeypatch, model_type):
+    """The loss of packed branches is the sum of what each would have alone behind the prefix: log_prob's own value. A sliding
+    window counts positions, not places in the row."""
+    monkeypatch.setitem(pretrain.WINDOWS, "mistral", 5)
+    shape = pretrain.Shape(32, 2, 4, 2, 48, 0)
+    lm = LanguageModel(Backbone(pretrain.config_for(model_type, shape, random_lm.tokenizer.vocab_size)), random_lm.tokenizer)
+    pretrain.initialise(lm.backbone, torch.Generator().manual_seed(0))
+    batch = pretrain.collate(DOCUMENTS, lm.tokenizer, end=0, length=256)
+    sums, counts = pretrain.loss_sums(lm.backbone, batch)
+    lm.backbone.double()
     for (_, document), nll, count in zip(DOCUMENTS, sums, counts, strict=True):
-        prefix = random_lm.tokenizer.encode(document.prefix)
-        prompts = [prefix + random_lm.tokenizer.encode(private) for private, _ in document.branches]
-        targets = [random_lm.tokenizer.encode(target) for _, target in document.branches]
-        expected = -random_lm.log_prob(prompts, targets, end_of_text=True).sum()
+        prefix = lm.tokenizer.encode(document.prefix)
+        prompts = [prefix + lm.tokenizer.encode(private) for private, _ in document.branches]
+        targets = [lm.tokenizer.encode(target) for _, target in document.branches]
+        expected = -lm.log_prob(prompts, targets, end_of_text=True).sum()
         assert nll.item() == pytest.approx(expected.item(), abs=1e-4)
         assert count == sum(len(target) + 1 for target in targets)
 
