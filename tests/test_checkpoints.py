@@ -52,7 +52,7 @@ def test_its_tokenizer_decodes_what_it_encoded(tiny, text):
 
 def test_it_acts_writes_summaries_and_follows_its_signal(tiny):
     annotate = RuleAnnotator()
-    pasts = [Past(agora.event("train", index), annotate, 10) for index in range(6)]
+    pasts = [Past(agora.event("train", index), annotate, 10) for index in range(2)]
     event = pasts[0].event
     shared = prompts.policy_shared("en", event.topic)
     texts = tiny.generate([shared + prompts.policy_private("en", a.agent.profile) for a in event.actions[:20]], 48, stop=("\n",))

@@ -139,7 +139,7 @@ def test_all_processes_hold_the_adapter_of_one(server, run, cases, tmp_path):
         arguments = [*cases["tune"], "--stage", *stage, "--out"]
         one = server.run(*arguments, tmp_path / f"{stage[0]} one", env={"SAY_ADAPTERS": "1"})
         two = run([*arguments, tmp_path / f"{stage[0]} two"], *[{"env": {"SAY_ADAPTERS": "1"}}] * 2)
-        assert len(set(one["stderr"].splitlines())) > 2 and [result["stderr"] for result in two] == [one["stderr"]] * 2, (one, two)
+        assert len(set(one["stderr"].splitlines())) > 1 and [result["stderr"] for result in two] == [one["stderr"]] * 2, (one, two)
 
 
 def test_a_backbone_spread_over_processes_computes_the_same(server, run, cases, tmp_path):
@@ -155,7 +155,7 @@ def test_a_backbone_spread_over_processes_computes_the_same(server, run, cases, 
     results = run([*tune, "--shard", "--out", tmp_path / "spread"])
     assert [(result["code"], result["stderr"]) for result in results] == [(0, "")] * 2, results
     one, two = ([json.loads(line) for line in open(tmp_path / out / "log.jsonl")] for out in ("tuned", "spread"))
-    assert len(one) == len(two) == 4
+    assert len(one) == len(two) == 3
     for rows in zip(one, two, strict=True):
         for name in rows[0].keys() & {"loss", "kl", "reward", "dev_loss", "gradient_norm"}:
             assert rows[1][name] == pytest.approx(rows[0][name], rel=1e-9), (name, rows)

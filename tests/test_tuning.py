@@ -1,5 +1,6 @@
 import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from mfllm_ref.runs import TIME_FIELDS
 from mfllm_ref.society import agora
 from mfllm_ref.society.annotate import RuleAnnotator
 from mfllm_ref.society.readers import write_events
+from mfllm_ref.society.response import response_curves
 
 ANNOTATE = RuleAnnotator()
 
@@ -63,13 +65,14 @@ def test_events_that_select_are_not_tuned_on(data):
         tuning.choose_events(events, ["nobody"], False, 10, ANNOTATE)
 
 
-OPTIONS = ("--steps", 4, "--rows", 2, "--micro", 1, "--samples", 2, "--save-every", 2, "--threads", 1, "--rank", 2, "--summary-tokens", 8)
+OPTIONS = ("--steps", 3, "--rows", 2, "--micro", 1, "--samples", 2, "--save-every", 2, "--threads", 1, "--rank", 2, "--summary-tokens", 8)
 
 
 @pytest.fixture
 def options(data, random_folder, monkeypatch):
     monkeypatch.setattr(tuning, "compare", lambda *a: {})  # the random model's texts say nothing
     monkeypatch.setattr(tuning, "SHOWN", 1)
+    monkeypatch.setattr(tuning, "response_curves", partial(response_curves, agents=3, action_tokens=4))
     return ["--data", data, "--backbone", random_folder, *OPTIONS]
 
 
@@ -82,8 +85,8 @@ def test_a_run_writes_adapters_logs_and_pictures_and_resumes_to_the_same_bytes(o
     for name in adapters:
         lm.load_adapter(name, whole / name)
     *rows, last = [json.loads(line) for line in open(whole / "log.jsonl")]
-    assert [row["step"] for row in rows if row["stage"] == "mean-field"] == [0, 1, 2, 3, 4]
-    assert [row["step"] for row in rows if row["stage"] == "empirical-sft"] == list(range(9)), "as many as both stages"
+    assert [row["step"] for row in rows if row["stage"] == "mean-field"] == [0, 1, 2, 3]
+    assert [row["step"] for row in rows if row["stage"] == "empirical-sft"] == list(range(7)), "as many as both stages"
     for row in rows:
         if "loss" in row:
             assert {"reward", "action_nll", "gradient_norm", "tokens_per_second"} <= set(row)
