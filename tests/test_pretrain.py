@@ -14,6 +14,7 @@ import train
 from mfllm_ref import doors, pretrain, report, training
 from mfllm_ref.lm import LanguageModel
 from mfllm_ref.lm.backbone import Backbone
+from mfllm_ref.lm.checkpoint import save_backbone
 from mfllm_ref.lm.tokenizer import Tokenizer
 from mfllm_ref.society import agora, prompts
 from mfllm_ref.society.annotate import RuleAnnotator
@@ -191,6 +192,20 @@ def small_data(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "events.jsonl"
     write_events([agora.event("train", index) for index in range(10)], path)
     return path
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "llama", "mistral"])
+def test_a_new_backbone_is_transformers_own_family(tmp_path, model_type):
+    """The same logits, over more tokens than a small mistral's window."""
+    backbone = Backbone(pretrain.config_for(model_type, pretrain.Shape(32, 2, 4, 2, 48, 0), 300))
+    pretrain.initialise(backbone, torch.Generator().manual_seed(0))
+    save_backbone(backbone, tmp_path, dtype=torch.float32)
+    oracle = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert oracle.config.model_type == model_type
+    assert getattr(oracle.config, "sliding_window", None) == (256 if model_type == "mistral" else None)
+    ids = torch.arange(290)[None]
+    with torch.no_grad():
+        assert (oracle(ids).logits - backbone(ids)).abs().max() < 1e-4
 
 
 def test_a_pretrained_folder_loads_in_transformers_and_a_killed_run_resumes_to_the_same_bytes(
