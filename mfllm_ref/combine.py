@@ -15,9 +15,9 @@ import numpy as np
 from mfllm_ref import metrics, report, simulation
 from mfllm_ref.doors import Parser, run_door
 from mfllm_ref.errors import InputError
+from mfllm_ref.fields import read_json
 from mfllm_ref.metrics import OURS
 from mfllm_ref.runs import RUN_FILE, read_json_lines
-from mfllm_ref.fields import read_json
 
 SAME = ("agents", "batch", "warmup")  # settings without which runs cannot be compared
 MEASURES = ("wasserstein", "dtw", "macro_f1", "micro_f1")

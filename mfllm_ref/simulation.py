@@ -14,11 +14,11 @@ from tqdm import tqdm
 
 from mfllm_ref import metrics, ranks
 from mfllm_ref.errors import InputError
+from mfllm_ref.fields import a_list, read_json, text_field
 from mfllm_ref.lm import LanguageModel
 from mfllm_ref.runs import Run, read_json_lines
 from mfllm_ref.society import agora
 from mfllm_ref.society.events import Event
-from mfllm_ref.fields import a_list, read_json, text_field
 from mfllm_ref.society.readers import load_events
 from mfllm_ref.society.rollout import (
     METHODS, Annotator, Intervention, Method, Rows, Settings, World, complete_steps, horizon, rollout,

@@ -15,13 +15,13 @@ from tqdm import tqdm
 
 from mfllm_ref import ib_tune, metrics, ranks
 from mfllm_ref.errors import InputError
+from mfllm_ref.fields import read_json
 from mfllm_ref.ib_tune import Chains, Settings, Update
 from mfllm_ref.lm import LanguageModel
 from mfllm_ref.runs import RUN_FILE, Run, write_json
 from mfllm_ref.society import agora, rollout
 from mfllm_ref.society.corpus import Document, Past, pretraining_part
 from mfllm_ref.society.events import Event, hashed
-from mfllm_ref.fields import read_json
 from mfllm_ref.society.response import response_curves, slope, true_response
 from mfllm_ref.society.rollout import METHODS, Annotator
 from mfllm_ref.training import STATE, load_optimizer_tensors, load_state, optimizer_tensors, save_state

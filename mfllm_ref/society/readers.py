@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from mfllm_ref.errors import InputError
+from mfllm_ref.fields import a_list, an_object, number_field, parse_json, read_json, read_text, show, text_field
 from mfllm_ref.runs import write_bytes
 from mfllm_ref.society.events import DIMENSIONS, LANGUAGES, Action, Agent, Event, PublicPost
-from mfllm_ref.fields import a_list, an_object, number_field, parse_json, read_json, read_text, show, text_field
 
 WEIBO_DOMAIN = "weibo"  # both Weibo sets mix all subjects and name none
 BEIJING = timezone(timedelta(hours=8))  # CED's time stamps are local
