@@ -33,8 +33,8 @@ CASES = {
               "--beta", "1,5", "--sft-adapter", "{sft}"],
 }  # fmt: skip
 ROWS = {"simulate.py": "trajectory.jsonl", "train.py": "log.jsonl"}
-# What tuning one mean field or several leaves on disk differs, which dying within disk operations shows, not how it meets Ctrl-C,
-# a full disk or a second run.
+# Of tuning several mean fields only what it leaves on disk is its own, and dying within disk operations shows that: how it meets
+# Ctrl-C, a full disk or a second run is that of tuning one.
 WITHOUT_PLANE = pytest.mark.parametrize("case", [name for name in CASES if name != "plane"], indirect=True)
 KILLS = 4  # a case, at random times; and as many in the middle of an operation on the disk
 
