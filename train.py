@@ -26,6 +26,14 @@ def betas(text: str) -> list[float]:
     return [float(part) for part in text.split(",")]
 
 
+def updates(text: str) -> list[int]:
+    """An argparse type: one positive number, or one for each of the two stages."""
+    found = [doors.positive(part) for part in text.split(",")]
+    if len(found) > 2:
+        raise argparse.ArgumentTypeError(f"{text} has more numbers than there are stages, two")
+    return found
+
+
 def parser() -> doors.Parser:
     out = doors.Parser(
         prog="train.py", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -35,8 +43,8 @@ def parser() -> doors.Parser:
     out.add_argument("--data", type=Path, metavar="PATH", help="events (default: the built-in world). Pretraining leaves a "
                      "fifth of them out, for tuning")  # fmt: skip
     out.add_argument("--split", help="folder of that name in --data")
-    out.add_argument("--steps", type=doors.positive, help="optimizer steps, of each stage (default: mean-field 60, "
-                     "policy 300, pretrain 1500)")  # fmt: skip
+    out.add_argument("--steps", type=updates, default=[], metavar="N[,N]", help="optimizer steps, of each stage or of mean-field "
+                     "and policy (default: 60,180; pretrain: 1500)")  # fmt: skip
     out.add_argument("--rows", type=doors.positive, help="population steps, or documents, that an update learns from "
                      "(default: 8; pretrain: 9)")  # fmt: skip
     out.add_argument("--lr", type=float, help="peak learning rate (default: mean-field 0.0005, "
@@ -78,11 +86,13 @@ def pretraining(args: argparse.Namespace, data: Path | None, out: Path, common: 
 
     settings = {
         **common, "model_type": args.model_type, "shape": args.shape or ("small" if args.data else "tiny"),
-        "steps": args.steps or 1500, "rows": args.rows or 9, "lr": 4e-3 if args.lr is None else args.lr,
+        "steps": (args.steps or [1500])[0], "rows": args.rows or 9, "lr": 4e-3 if args.lr is None else args.lr,
         "save_every": args.save_every or 100,
     }  # fmt: skip
     if args.shard:
         raise doors.InputError("--shard: is for a frozen backbone, which pretraining has not")
+    if len(args.steps) > 1:
+        raise doors.InputError(f"--steps {','.join(map(str, args.steps))}: pretraining is one stage")
     if not 0 < settings["lr"] < 1:
         raise doors.InputError(f"--lr {args.lr}: must lie between 0 and 1")
     if settings["rows"] < ranks.world_size():
@@ -116,14 +126,15 @@ def tuning(args: argparse.Namespace, data: Path | None, out: Path, common: dict)
     from mfllm_ref.society.response import LEVELS, WATCHED
 
     device, dtype = doors.device_and_dtype(args)
+    # As many as ten minutes have room for on two cores that multiply no bfloat16.
+    steps = tuple(args.steps * 2)[:2] or (60, 180)
     settings = ib_tune.Settings(
-        args.steps or 300, args.rows or 8, args.micro, args.lr, args.samples, args.beta[0],
+        steps[1], args.rows or 8, args.micro, args.lr, args.samples, args.beta[0],
         args.repetition_penalty, args.summary_tokens, args.clip, args.seed,
         mixed=args.dtype == "auto" and device.type == "cpu" and doors.fast_bfloat16(),
     )  # fmt: skip
     for beta in args.beta:
         dataclasses.replace(settings, beta=beta).check()
-    steps = (args.steps or 60, args.steps or 300)
     todo = tuning.jobs(args.stage, args.method.split(",") if args.method else None, steps, args.beta)
     backbone = args.backbone or doors.CHECKPOINTS / "tiny"
     events, annotate = load_events(data) if data else None, RuleAnnotator()

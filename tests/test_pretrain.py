@@ -262,7 +262,7 @@ def test_products_are_bfloat16_where_the_cpu_multiplies_it_fast(tmp_path, monkey
 
 @pytest.mark.parametrize(("arguments", "said"), [
     (["--data", "nowhere"], "nowhere"), (["--lr", "7"], "--lr 7"), (["--steps", "0"], "--steps"), (["--stage", "x"], "--stage"),
-    (["--stage", "pretrain", "--dtype", "float64"], "--dtype float64"),
+    (["--stage", "pretrain", "--dtype", "float64"], "--dtype float64"), (["--stage", "pretrain", "--steps", "3,4"], "--steps 3,4"),
 ])  # fmt: skip
 def test_bad_options_are_one_line(tmp_path, arguments, said, door):
     code, _, errors = door(*arguments, "--out", tmp_path / "out")
