@@ -28,7 +28,7 @@ CASES = {
                  "--save-every", "2"],
     "tune": ["train.py", "--backbone", "{backbone}", "--data", "{data}", "--steps", "2", "--rows", "2", "--micro", "1",
              "--samples", "2", "--rank", "2", "--summary-tokens", "8", "--save-every", "1", "--method", "mf-llm,sft"],
-    "plane": ["train.py", "--backbone", "{backbone}", "--data", "{data}", "--steps", "2", "--rows", "2", "--micro", "1",
+    "plane": ["train.py", "--backbone", "{backbone}", "--data", "{data}", "--steps", "1", "--rows", "2", "--micro", "1",
               "--samples", "2", "--rank", "2", "--summary-tokens", "8", "--save-every", "1", "--stage", "mean-field",
               "--beta", "1,5", "--sft-adapter", "{sft}"],
 }  # fmt: skip

@@ -17,7 +17,7 @@ from mfllm_ref.society.readers import write_events
 from tests.test_crashes import CASES, ROOT, Server, contents
 
 # 320 agents a step with a model, which are two chunks; a mean field, and a method without a model
-SIMULATE = ["simulate.py", "--events", "2", "--seeds", "4", "--agents", "90", "--warmup", "10", "--batch", "20", "--threads", "1",
+SIMULATE = ["simulate.py", "--events", "2", "--seeds", "4", "--agents", "50", "--warmup", "10", "--batch", "20", "--threads", "1",
             "--method", "recent,persistence,mf-llm-no-ib", "--action-tokens", "4", "--summary-tokens", "6"]  # fmt: skip
 CHANGED = ("started", "ended", "wall_time", "actions_per_second", "processes")
 
