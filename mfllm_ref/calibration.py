@@ -1,11 +1,13 @@
-"""What the measures rest on: python -m mfllm_ref.calibration ceiling|annotator|summaries
+"""What the measures rest on: python -m mfllm_ref.calibration ceiling|followers|annotator|summaries
 
     ceiling      what can be known in agora: KL of continuations by those who know more or less of its process
+    followers    what label shares can do for outside events: KL of populations that follow their own shares exactly
     annotator    agreement of the rules with the labels that events carry, beside always guessing the commonest label
     summaries    how far a backbone's mean field is from the exact shares after one step, told the exact ones before it
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -23,9 +25,10 @@ from mfllm_ref.society.corpus import Past
 from mfllm_ref.society.events import DIMENSIONS, Event, hashed
 from mfllm_ref.society.readers import load_events
 from mfllm_ref.society.rollout import Annotator
-from mfllm_ref.society.signals import parse, verbalise
+from mfllm_ref.society.signals import HALF_LIFE, parse, verbalise
 
 TINY = doors.CHECKPOINTS / "tiny"
+FOLLOWED = [(0.0, HALF_LIFE), *((slope, memory) for memory in (HALF_LIFE, math.inf) for slope in (0.5, 0.8, 1.0))]
 
 
 def ceiling(
@@ -42,6 +45,51 @@ def ceiling(
             for seed in range(seeds):
                 texts = [action.text for action in continuation(event, seed)[: agents - agora.WARMUP]]
                 total[name] += metrics.kl_between(real, metrics.encode(annotate(texts, "en"))) / (seeds * events)
+    return total
+
+
+def follow(
+    codes: np.ndarray, usual: np.ndarray, slope: float, memory: float, rng: np.random.Generator, batch: int = 10
+) -> np.ndarray:  # fmt: skip
+    """How an event goes on after its warm-up if agents follow the population without any error of words or models.
+
+    Each label of an agent is drawn from slope x its share in the population + (1 - slope) x its `usual` share [dimensions,
+    labels]; the population is that of `signals.History` with a half-life of `memory` actions (inf: all count the same).
+    codes: labels [actions, dimensions]; returns such labels of the actions behind the warm-up.
+    """
+    retention, weight, population, drawn = 0.5 ** (batch / memory), 0.0, np.zeros_like(usual), []
+    for start in range(0, len(codes), batch):
+        now = codes[start : start + batch]
+        if start >= agora.WARMUP:
+            chances = slope * population + (1 - slope) * usual
+            now = np.stack([rng.choice(len(p), size=len(now), p=p / p.sum()) for p in chances], axis=1)
+            drawn.append(now)
+        weight = retention * weight + 1
+        population = population + (metrics.label_shares(now)[0] - population) / weight
+    return np.concatenate(drawn)
+
+
+def followers(
+    events: Sequence[Event], annotator: Annotator, seeds: int = 2, agents: int | None = None
+) -> dict[tuple[float, float] | None, np.ndarray]:  # fmt: skip
+    """Mean KL in nats [dimensions] of what `follow` makes of each (slope, memory) of FOLLOWED, over events and `seeds`; None: of
+    `persistence`. What is usual is the mean of the other events. Raises InputError for fewer than two events with a warm-up."""
+    coded = []
+    for event in events:
+        if len(event.actions[:agents]) > agora.WARMUP:
+            texts = [action.text for action in event.actions[:agents]]
+            coded.append((event.id, metrics.encode(annotator(texts, event.language))))
+    if len(coded) < 2:
+        raise InputError(f"{len(coded)} of {len(events)} events go on after {agora.WARMUP} actions; what is usual takes two")
+    shares = np.stack([metrics.label_shares(codes)[0] for _, codes in coded])
+    total = {row: np.zeros(len(DIMENSIONS)) for row in (None, *FOLLOWED)}
+    for (name, codes), own in zip(coded, shares, strict=True):
+        usual, (warmup, real) = (shares.sum(0) - own) / (len(coded) - 1), np.split(codes, [agora.WARMUP])
+        for seed in range(seeds):
+            for row in total:
+                rng = np.random.default_rng(hashed("followers", name, seed))
+                other = follow(codes, usual, *row, rng) if row else warmup[rng.integers(len(warmup), size=len(real))]
+                total[row] += metrics.kl_between(real, other) / (seeds * len(coded))
     return total
 
 
@@ -111,6 +159,11 @@ def main() -> None:
     known.add_argument("--seeds", type=positive, default=2, help="continuations of each event (default: 2)")
     known.add_argument("--agents", type=whole(agora.WARMUP + 1, agora.ACTIONS), default=agora.ACTIONS, metavar="N",
                        help="an event's first N actions, warm-up included (default: all)")  # fmt: skip
+    told = commands.add_parser("followers")
+    told.add_argument("--data", type=Path, required=True, metavar="PATH", help="events, as for simulate.py")
+    told.add_argument("--seeds", type=positive, default=2, help="continuations of each event (default: 2)")
+    told.add_argument("--agents", type=whole(agora.WARMUP + 1, 2**62), metavar="N", help="an event's first N actions, warm-up "
+                      "included (default: all)")  # fmt: skip
     read = commands.add_parser("annotator")
     read.add_argument("--data", type=Path, help="events with labels (default: the built-in world's dev split)")
     written = commands.add_parser("summaries")
@@ -136,6 +189,12 @@ def main() -> None:
         table = ceiling(args.split, args.events, args.seeds, args.agents)
         rows = [[name, *(f"{value:.3f}" for value in (row.mean(), *row))] for name, row in table.items()]
         print(report.markdown([["continuation", "mean", *DIMENSIONS], *rows]))
+        return
+    if args.command == "followers":
+        found = followers(load_events(args.data), RuleAnnotator(), args.seeds, args.agents)
+        names = {row: f"slope {row[0]}, {'all' if math.isinf(row[1]) else f'half-life {row[1]}'}" for row in FOLLOWED}
+        rows = [[names.get(row, "`persistence`"), *(f"{value:.3f}" for value in (kl.mean(), *kl))] for row, kl in found.items()]
+        print(report.markdown([["agents who follow", "mean", *DIMENSIONS], *rows]))
         return
     own = (agora.event("dev", index) for index in range(agora.SPLITS["dev"]))
     table = agreement(load_events(args.data) if args.data else own, RuleAnnotator())

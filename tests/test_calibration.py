@@ -3,18 +3,21 @@
 import math
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from mfllm_ref import calibration, doors, metrics
-from mfllm_ref.calibration import agreement, ceiling, summary_errors
-from mfllm_ref.society import agora
+from mfllm_ref.calibration import agreement, ceiling, follow, summary_errors
+from mfllm_ref.society import agora, signals
 from mfllm_ref.society.agora_ceiling import RIVALS
 from mfllm_ref.society.annotate import RuleAnnotator
 from mfllm_ref.society.corpus import Past
-from mfllm_ref.society.events import DIMENSIONS, Action, Agent, Event
-from mfllm_ref.society.signals import GRID, verbalise
+from mfllm_ref.society.events import DIMENSIONS, Action, Agent, Event, hashed
+from mfllm_ref.society.readers import write_events
+from mfllm_ref.society.signals import GRID, HALF_LIFE, History, Seen, verbalise
 
 FIXTURES = Path(__file__).parent / "society" / "fixtures"
 
@@ -90,6 +93,63 @@ def test_the_ceiling_is_the_metrics_own_kl(command):
     real, other = (metrics.encode(RuleAnnotator()([a.text for a in side], "en")) for side in sides)
     kl = metrics.kl_between(real, other)
     assert code == 0 and [cell.strip() for cell in row[2:-1]] == [f"{value:.3f}" for value in (kl.mean(), *kl)]
+
+
+class Recorder:
+    """Stands for a random generator that always draws the first label, and remembers the chances."""
+
+    def __init__(self):
+        self.seen = []
+
+    def choice(self, count, size, p):
+        self.seen.append(np.append(p, np.zeros(6 - len(p)))[:6])
+        return np.zeros(size, dtype=np.int8)
+
+
+@pytest.mark.parametrize("memory", [HALF_LIFE, math.inf])
+def test_followers_draw_from_the_population_and_what_is_usual(memory):
+    """In every step the chances are slope x the population's shares, those of `History` or the mean of all so far, + the rest x
+    the usual ones."""
+    actions = agora.event("dev", 0).actions[:95]
+    labels, recorder, history = RuleAnnotator()([a.text for a in actions], "en"), Recorder(), History(10)
+    codes, usual = metrics.encode(labels), metrics.label_shares(metrics.encode(labels[40:]))[0]
+    drawn = follow(codes, usual, 0.7, memory, recorder)
+    assert drawn.shape == (45, len(DIMENSIONS)) and not drawn.any()
+    lived = [{d: metrics.LABELS[d][code] for d, code in zip(DIMENSIONS, row)} for row in np.concatenate([codes[:50], drawn])]
+    for step in range(9):
+        some = lived[10 * step : 10 * step + 10]
+        if step >= 5:
+            alike = (history.population() if memory == HALF_LIFE else signals.shares(lived[: 10 * step])).items()
+            for d, (dimension, p) in enumerate(alike):
+                p = [p[DIMENSIONS[dimension].index(label)] for label in metrics.LABELS[dimension]]
+                expected = 0.7 * np.append(p, np.zeros(6 - len(p))) + 0.3 * usual[d]
+                np.testing.assert_allclose(recorder.seen[8 * (step - 5) + d], expected, atol=1e-9)
+        history.update([Seen(str(i), i, "", "", row, 0.0) for i, row in enumerate(some)])
+
+
+def test_followers_of_themselves_alone_never_leave_unanimity():
+    codes = np.zeros((90, len(DIMENSIONS)), dtype=np.int8)
+    usual = metrics.label_shares(codes + 1)[0]
+    assert not follow(codes, usual, 1.0, HALF_LIFE, np.random.default_rng(0)).any()
+    assert (follow(codes, usual, 0.0, HALF_LIFE, np.random.default_rng(0)) == 1).all(), "and who follow nothing are as usual"
+
+
+def test_the_followers_command(command, tmp_path):
+    """A row of the table is the mean over events and seeds; of two events each is what is usual beside the other."""
+    events = [replace(e := agora.event("train", i), actions=e.actions[: 70 + 10 * i], posts=()) for i in range(2)]
+    write_events(events, tmp_path / "two.jsonl")
+    code, out, _ = command("followers", "--data", tmp_path / "two.jsonl", "--seeds", 3)
+    expected = []
+    for event, other in (events, events[::-1]):
+        codes, usual = (metrics.encode(RuleAnnotator()([a.text for a in e.actions], "en")) for e in (event, other))
+        for seed in range(3):
+            rng = np.random.default_rng(hashed("followers", event.id, seed))
+            expected.append(metrics.kl_between(codes[50:], follow(codes, metrics.label_shares(usual)[0], 0.5, math.inf, rng)))
+    row = next(row.split("|") for row in out.splitlines() if row.startswith("| slope 0.5, all"))
+    assert code == 0 and [cell.strip() for cell in row[3:-1]] == [f"{value:.3f}" for value in np.mean(expected, axis=0)]
+    write_events(events[:1], tmp_path / "one.jsonl")
+    code, _, said = command("followers", "--data", tmp_path / "one.jsonl")
+    assert code == 2 and said.count("\n") == 1 and "takes two" in said
 
 
 class Writer:
