@@ -138,15 +138,20 @@ def test_the_followers_command(command, tmp_path):
     """A row of the table is the mean over events and seeds; of two events each is what is usual beside the other."""
     events = [replace(e := agora.event("train", i), actions=e.actions[: 70 + 10 * i], posts=()) for i in range(2)]
     write_events(events, tmp_path / "two.jsonl")
-    code, out, _ = command("followers", "--data", tmp_path / "two.jsonl", "--seeds", 3)
-    expected = []
+    code, out, _ = command("followers", "--data", tmp_path / "two.jsonl", "--seeds", 3, "--agents", 75)
+    expected = {"| slope 0.5, all": [], "| `persistence`": []}
     for event, other in (events, events[::-1]):
-        codes, usual = (metrics.encode(RuleAnnotator()([a.text for a in e.actions], "en")) for e in (event, other))
+        codes, usual = (metrics.encode(RuleAnnotator()([a.text for a in e.actions[:75]], "en")) for e in (event, other))
         for seed in range(3):
-            rng = np.random.default_rng(hashed("followers", event.id, seed))
-            expected.append(metrics.kl_between(codes[50:], follow(codes, metrics.label_shares(usual)[0], 0.5, math.inf, rng)))
-    row = next(row.split("|") for row in out.splitlines() if row.startswith("| slope 0.5, all"))
-    assert code == 0 and [cell.strip() for cell in row[3:-1]] == [f"{value:.3f}" for value in np.mean(expected, axis=0)]
+            following, drawing = (np.random.default_rng(hashed("followers", event.id, seed)) for _ in range(2))
+            followed = follow(codes, metrics.label_shares(usual)[0], 0.5, math.inf, following)
+            drawn = codes[drawing.integers(50, size=len(codes) - 50)]
+            for some, labels in zip(expected.values(), (followed, drawn), strict=True):
+                some.append(metrics.kl_between(codes[50:], labels))
+    for name, some in expected.items():
+        row = next(row.split("|") for row in out.splitlines() if row.startswith(name))
+        kl = np.mean(some, axis=0)
+        assert code == 0 and [cell.strip() for cell in row[2:-1]] == [f"{value:.3f}" for value in (kl.mean(), *kl)]
     write_events(events[:1], tmp_path / "one.jsonl")
     code, _, said = command("followers", "--data", tmp_path / "one.jsonl")
     assert code == 2 and said.count("\n") == 1 and "takes two" in said
