@@ -6,7 +6,6 @@ action's tokens see the prefix and themselves, and positions restart behind the 
 """
 
 import json
-import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from mfllm_ref.lm.config import Config
 from mfllm_ref.lm.tokenizer import Tokenizer
 from mfllm_ref.muon import Muon
 from mfllm_ref.runs import Run, write_bytes, write_json
+from mfllm_ref.share_tokens import ShareTokens, settle_embeddings, share_embeddings
 from mfllm_ref.society import agora
 from mfllm_ref.society.annotate import RuleAnnotator
 from mfllm_ref.society.corpus import Corpus, Document, Mixture, Past, pretraining_part
@@ -56,8 +56,6 @@ PIECES = (
     rf"\n|\[[^\[\]\s]{{1,8}}\]|([;；] ?)?{_HEADED}| (?={_HEADED})| ?{_SHARE}| ?\d%| ?\d"
     r"| ?[\p{L}\p{M}]+('\p{L}+)?| ?[^\s\p{L}\p{N}]| ?\p{N}|\s"
 )
-
-SHARE = re.compile(r"(.*[^\W\d]) ?(\d{2,3})%", re.DOTALL)  # such a token: its label and its percentage
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,29 +227,6 @@ def initialise(backbone: Backbone, generator: torch.Generator) -> None:
                 parameter.normal_(std=std, generator=generator)
 
 
-def place_shares(embedding: Tensor, tokenizer: Tokenizer, generator: torch.Generator) -> None:
-    """Start every token of a label and its share (` oppose 45%`) at the label's place plus the share's, near its neighbours'.
-
-    The shares' places are random cosines of the percentage whose lengths run from a few points to the whole scale: what a
-    gradient teaches of one percentage holds for those beside it, under every label, though each is rare. `embedding`: [vocab, dim].
-    """
-    found = [SHARE.fullmatch(tokenizer.decode([id])) for id in range(tokenizer.vocab_size)]
-    ids = [id for id, match in enumerate(found) if match]
-    if not ids:
-        return
-    labels = sorted({found[id][1] for id in ids})
-    which = torch.tensor([labels.index(found[id][1]) for id in ids])
-    percent = torch.tensor([float(found[id][2]) for id in ids])
-    dim = embedding.shape[1]
-    uniform = torch.rand(2, dim, generator=generator)
-    length = 4 * 16 ** uniform[0]  # percentage points, 4 to 64
-    waves = torch.randn(dim, generator=generator) / length
-    places = 2**0.5 * torch.cos(percent[:, None] * waves + 2 * torch.pi * uniform[1])
-    label = torch.randn(len(labels), dim, generator=generator)[which]
-    with torch.no_grad():
-        embedding[ids] = EMBEDDING * 0.5**0.5 * (label + places)
-
-
 def learning_rate(step: int, steps: int, peak: float, warmup: int = 50) -> float:
     """Linear warm-up, a constant, then a linear descent to 0 over the last half."""
     return peak * min(1.0, (step + 1) / warmup, 2 * (1 - step / steps))
@@ -366,14 +341,16 @@ def run(run: Run, settings: Mapping[str, Any], events: Sequence[Event] | None, d
     backbone = Backbone(config_for(settings["model_type"], shape, tokenizer.vocab_size))
     generator = torch.Generator().manual_seed(settings["seed"])
     initialise(backbone, generator)
-    place_shares(backbone.model.embed_tokens.weight, tokenizer, generator)
+    share_embeddings(backbone, ShareTokens(tokenizer, shape.dim, EMBEDDING, generator))
     backbone.to(device)
     plan = Settings(settings["steps"], settings["rows"], settings["lr"], settings["seed"], mixed=settings["mixed"])
     tuned = optimizers(backbone, plan.lr, torch.bfloat16 if plan.mixed else torch.float32)
     log, start = run.lines("log.jsonl"), 0
     if (earlier := load_state(state, device)) is not None:
         start = earlier[0]["step"]
-        backbone.load_state_dict(earlier[1]["backbone"], strict=False)
+        if earlier[1]["backbone"].keys() != dict(backbone.named_parameters()).keys():
+            raise InputError(f"{state}: has other parameters than this version trains, cannot resume")
+        backbone.load_state_dict(earlier[1]["backbone"], strict=False)  # a tied head and constants are not in it
         load_optimizer_tensors(tuned, earlier[1]["optimizer"])
     log.keep(start)
     bar = tqdm(total=plan.steps, initial=start, unit="step", disable=not progress)
@@ -391,6 +368,7 @@ def run(run: Run, settings: Mapping[str, Any], events: Sequence[Event] | None, d
     except FloatingPointError as error:
         raise InputError(f"{run.out}: {error}; the last good state is in {state.name}") from None
     bar.close()
+    settle_embeddings(backbone)
     save_backbone(backbone, run.out)
     ranks.gather(None)
     lm = LanguageModel.load(run.out, device=device)
