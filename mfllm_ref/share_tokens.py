@@ -55,5 +55,4 @@ def settle_embeddings(backbone: Backbone) -> None:
     for module in (backbone.model.embed_tokens, backbone.lm_head):
         parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
     with torch.no_grad():
-        backbone.model.embed_tokens.weight.copy_(weight)
-    backbone.tie()
+        backbone.model.embed_tokens.weight.copy_(weight)  # the head's too: they were tied before and are again
