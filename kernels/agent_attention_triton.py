@@ -13,12 +13,14 @@ between the launches, float32, written and read.
 """
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.agent_attention import Plan
-from kernels.dispatch import processors
+from kernels.dispatch import processors, shared_memory
 
 LOG2E = 1.4426950408889634  # scores are kept in units of log 2: 2^x is one instruction
 LOW = tl.constexpr(-1e30)  # below any score, yet finite: a difference of two infinities is not a number
@@ -26,36 +28,32 @@ LOW = tl.constexpr(-1e30)  # below any score, yet finite: a difference of two in
 
 @triton.jit
 def _walk(
-    q, k_base, v_base, k_stride, v_stride, start, end, low, high, scale, top, total, average,
-    HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr,
+    q, k, v, owner, head, start, end, low, high, scale, top, total, average,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax along the keys [start, end), seen by a row where low <= key < high; without MASKED by all rows."""
-    d = tl.arange(0, BLOCK_D)
+    """Online softmax along the keys [start, end) of k[owner, head], seen by a row where low <= key < high; without MASKED by
+    all rows. Scores and their maximum `top` are of unscaled products: scaled, they are in units of log 2."""
     for n in range(start, end, BLOCK_N):
-        key = n + tl.arange(0, BLOCK_N)
-        loaded = d[None, :] < HEAD_DIM
+        keys = k.load([owner, head, n, 0]).reshape(BLOCK_N, BLOCK_D).to(q.dtype)
+        values = v.load([owner, head, n, 0]).reshape(BLOCK_N, BLOCK_D).to(q.dtype)
+        scores = tl.dot(q, keys.T, input_precision="ieee")
         if MASKED:
-            loaded = loaded & (key < end)[:, None]
-        at = key.to(tl.int64)[:, None]
-        k = tl.load(k_base + at * k_stride + d[None, :], mask=loaded, other=0.0).to(q.dtype)
-        v = tl.load(v_base + at * v_stride + d[None, :], mask=loaded, other=0.0).to(q.dtype)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-        if MASKED:
+            key = n + tl.arange(0, BLOCK_N)
+            values = tl.where((key < end)[:, None], values, 0.0)  # unused slots may hold NaN
             seen = (key[None, :] >= low[:, None]) & (key[None, :] < high[:, None])
             scores = tl.where(seen, scores, float("-inf"))
         new = tl.maximum(top, tl.max(scores, axis=1))
-        decay = tl.exp2(top - new)
-        e = tl.exp2(scores - new[:, None])
+        decay = tl.exp2((top - new) * scale)
+        e = tl.exp2(scores * scale - (new * scale)[:, None])
         total = total * decay + tl.sum(e, axis=1)
-        average = tl.dot(e.to(q.dtype), v, average * decay[:, None], input_precision="ieee")
+        average = tl.dot(e.to(q.dtype), values, average * decay[:, None], input_precision="ieee")
         top = new
     return top, total, average
 
 
 @triton.jit
 def _prefix_kernel(
-    q, k, v, lengths, own, blocks, state, state_lse, k_world, k_head, k_slot, v_world, v_head, v_slot, scale,
-    window, q_len, rows,
+    q, k, v, lengths, own, blocks, state, state_lse, scale, window, q_len, rows,
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     WINDOWED: tl.constexpr,
 ):  # fmt: skip
@@ -63,7 +61,7 @@ def _prefix_kernel(
     prefix's values, and the log-sum-exp of its scores (base 2). rows = group * q_len query rows an agent and key head."""
     blocks += tl.program_id(0) * 4
     head, heads = tl.program_id(1), tl.num_programs(1)
-    world, first = tl.load(blocks).to(tl.int64), tl.load(blocks + 1)
+    world, first = tl.load(blocks), tl.load(blocks + 1)
     r = tl.load(blocks + 3) + tl.arange(0, BLOCK_M)  # counted through the world's agents
     real = r < tl.load(blocks + 2)
     agent = first + r // rows
@@ -77,8 +75,6 @@ def _prefix_kernel(
     top = tl.full((BLOCK_M,), LOW, tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     average = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    k += world * k_world + head * k_head
-    v += world * v_world + head * v_head
     low, high = tl.zeros((BLOCK_M,), tl.int32), tl.zeros((BLOCK_M,), tl.int32) + length
     start = 0
     whole = length // BLOCK_N * BLOCK_N
@@ -88,33 +84,30 @@ def _prefix_kernel(
         whole = start
     else:
         top, total, average = _walk(
-            query, k, v, k_slot, v_slot, 0, whole, low, high, scale, top, total, average,
-            HEAD_DIM, BLOCK_N, BLOCK_D, False,
+            query, k, v, world, head, 0, whole, low, high, scale, top, total, average, BLOCK_N, BLOCK_D, False
         )  # fmt: skip
     top, total, average = _walk(
-        query, k, v, k_slot, v_slot, whole, length, low, high, scale, top, total, average,
-        HEAD_DIM, BLOCK_N, BLOCK_D, True,
+        query, k, v, world, head, whole, length, low, high, scale, top, total, average, BLOCK_N, BLOCK_D, True
     )  # fmt: skip
     some = total > 0
     total = tl.where(some, total, 1.0)
     tl.store(state + place[:, None] * HEAD_DIM + d[None, :], average / total[:, None], mask=inside)
-    tl.store(state_lse + place, tl.where(some, top + tl.log2(total), LOW), mask=real)
+    tl.store(state_lse + place, tl.where(some, top * scale + tl.log2(total), LOW), mask=real)
 
 
 @triton.jit
 def _suffix_kernel(
-    q, k, v, lengths, world_of, own, state, state_lse, out, k_agent, k_head, k_slot, v_agent, v_head, v_slot, scale,
-    window, q_len, rows,
+    q, k, v, lengths, world_of, own, state, state_lse, out, scale, window, q_len, rows,
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     WINDOWED: tl.constexpr, HAS_PREFIX: tl.constexpr,
 ):  # fmt: skip
     """out [agents, kv_heads, rows, head_dim]: attention over the suffix, going on from the state of the prefix."""
     head, heads = tl.program_id(1), tl.num_programs(1)
-    agent = tl.program_id(0).to(tl.int64)
+    agent = tl.program_id(0)
     r = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
     row = tl.load(own + agent) - q_len + r % q_len
     real = (r < rows) & (row >= 0)
-    place = (agent * heads + head) * rows + r
+    place = (agent.to(tl.int64) * heads + head) * rows + r
     d = tl.arange(0, BLOCK_D)
     inside = real[:, None] & (d[None, :] < HEAD_DIM)
     query = tl.load(q + place[:, None] * HEAD_DIM + d[None, :], mask=inside, other=0.0)
@@ -123,8 +116,9 @@ def _suffix_kernel(
     average = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     if HAS_PREFIX:
         if tl.load(lengths + tl.load(world_of + agent)) > 0:
-            top = tl.load(state_lse + place, mask=real, other=LOW)
-            total = tl.where(top > LOW, 1.0, 0.0)
+            lse = tl.load(state_lse + place, mask=real, other=LOW)
+            top = tl.where(lse > LOW, lse / scale, LOW)
+            total = tl.where(lse > LOW, 1.0, 0.0)
             average = tl.load(state + place[:, None] * HEAD_DIM + d[None, :], mask=inside, other=0.0)
     start = 0
     low = tl.zeros((BLOCK_M,), tl.int32)
@@ -132,13 +126,21 @@ def _suffix_kernel(
         low = tl.where(real, row - window + 1, tl.maximum(tl.max(row, axis=0), 0))
         start = tl.maximum(tl.min(low, axis=0), 0) // BLOCK_N * BLOCK_N
     top, total, average = _walk(
-        query, k + agent * k_agent + head * k_head, v + agent * v_agent + head * v_head, k_slot, v_slot,
-        start, tl.max(tl.where(real, row + 1, 0), axis=0), low, tl.where(real, row + 1, 0), scale, top, total, average,
-        HEAD_DIM, BLOCK_N, BLOCK_D, True,
+        query, k, v, agent, head, start, tl.max(tl.where(real, row + 1, 0), axis=0), low, tl.where(real, row + 1, 0),
+        scale, top, total, average, BLOCK_N, BLOCK_D, True,
     )  # fmt: skip
     average = tl.where(real[:, None], average / tl.where(real, total, 1.0)[:, None], 0.0)  # padding rows return 0
     stored = (r < rows)[:, None] & (d[None, :] < HEAD_DIM)
     tl.store(out + place[:, None] * HEAD_DIM + d[None, :], average.to(out.dtype.element_ty), mask=stored)
+
+
+def _read(x: Tensor, block_n: int, block_d: int) -> TensorDescriptor | None:
+    """How a kernel reads [block_n, block_d] tiles of x [owners, kv_heads, slots, head_dim]; None where x has no slots. Rows
+    must begin at multiples of 16 bytes: where they do not, of a copy."""
+    size = 16 // x.element_size()
+    if x.stride(3) != 1 or x.data_ptr() % 16 or any(stride % size or not stride for stride in x.stride()[:3]):
+        x = F.pad(x, (0, -x.shape[3] % size)).clone(memory_format=torch.contiguous_format)
+    return TensorDescriptor.from_tensor(x, [1, 1, block_n, block_d]) if x.numel() else None
 
 
 def fused_attention(
@@ -149,37 +151,49 @@ def fused_attention(
     if not q.is_cuda and dtype == torch.bfloat16:  # the interpreter cannot multiply it
         q = q.float()
     q = q.contiguous()
-    prefix_k, prefix_v, suffix_k, suffix_v = (
-        x if x.stride(3) == 1 else x.contiguous() for x in (prefix_k, prefix_v, suffix_k, suffix_v)
-    )
     agents, heads, q_len, head_dim = q.shape
     kv_heads = suffix_k.shape[1]
     rows = heads // kv_heads * q_len
     lengths, own, world = plan.lengths
     half = q.element_size() == 2
-    wide = max(16, triton.next_power_of_2(head_dim))
-    scale, window = head_dim**-0.5 * LOG2E, plan.window or 0
+    scale, window, wide = head_dim**-0.5 * LOG2E, plan.window or 0, max(16, triton.next_power_of_2(head_dim))
     fixed = {"HEAD_DIM": head_dim, "BLOCK_D": wide, "WINDOWED": plan.window is not None}
     state = q.new_empty(agents, kv_heads, rows, head_dim, dtype=torch.float32)
     state_lse = q.new_empty(agents, kv_heads, rows, dtype=torch.float32)
-    # A block of 128 rows keeps tensor cores busy; float32, without them, has registers for 32. Few rows in all: smaller
-    # blocks, so that every multiprocessor gets one.
-    most = int(plan.counts.max()) * rows
-    size = min(128 if half else 32, max(16, triton.next_power_of_2(most)))
-    while size > 32 and len(plan.blocks(rows, size)) * kv_heads < processors(q.device):
-        size //= 2
+    size = _block(plan, rows, kv_heads, half, q.device)
     blocks = plan.blocks(rows, size)
     if len(blocks):
+        width, stages = _tile(size, wide, half, q.device)
+        k, v = (_read(x, width, wide) for x in (prefix_k, prefix_v))
         _prefix_kernel[len(blocks), kv_heads](
-            q, prefix_k, prefix_v, lengths, own, blocks, state, state_lse, *prefix_k.stride()[:3],
-            *prefix_v.stride()[:3], scale, window, q_len, rows, BLOCK_M=size, BLOCK_N=64 if half else 32,
-            num_warps=8 if size == 128 else 4, num_stages=3 if half else 2, **fixed,
+            q, k, v, lengths, own, blocks, state, state_lse, scale, window, q_len, rows, BLOCK_M=size, BLOCK_N=width,
+            num_warps=8 if size == 128 else 4, num_stages=stages, **fixed,
         )  # fmt: skip
     out = torch.empty_like(q, dtype=dtype)
     size = min(64 if half else 32, max(16, triton.next_power_of_2(rows)))
+    # An agent's few rows in decode wait for memory alone: narrow tiles keep many programs on a multiprocessor.
+    width = 16 if size == 16 else 64 if half else 32
+    k, v = (_read(x, width, wide) for x in (suffix_k, suffix_v))
     _suffix_kernel[agents, kv_heads, triton.cdiv(rows, size)](
-        q, suffix_k, suffix_v, lengths, world, own, state, state_lse, out, *suffix_k.stride()[:3],
-        *suffix_v.stride()[:3], scale, window, q_len, rows, BLOCK_M=size, BLOCK_N=64 if half else 32,
-        HAS_PREFIX=len(blocks) > 0, num_warps=4, num_stages=2, **fixed,
+        q, k, v, lengths, world, own, state, state_lse, out, scale, window, q_len, rows, BLOCK_M=size, BLOCK_N=width,
+        HAS_PREFIX=len(blocks) > 0, num_warps=1 if size == 16 else 4, num_stages=3 if size == 16 else 2, **fixed,
     )  # fmt: skip
     return out
+
+
+def _block(plan: Plan, rows: int, kv_heads: int, half: bool, device: torch.device) -> int:
+    """Query rows of a prefix program. A block of 128 keeps tensor cores busy; float32, without them, has registers for 32. Few
+    rows in all: smaller blocks, so that every multiprocessor gets one."""
+    size = min(128 if half else 32, max(16, triton.next_power_of_2(int(plan.counts.max()) * rows)))
+    while size > 32 and len(plan.blocks(rows, size)) * kv_heads < processors(device):
+        size //= 2
+    return size
+
+
+def _tile(size: int, wide: int, half: bool, device: torch.device) -> tuple[int, int]:
+    """(keys of a prefix program's tile, stages of its loads) that shared memory holds beside the block's queries."""
+    if not half:
+        return 32, 2
+    choices = ((128, 3), (64, 3), (64, 2)) if size == 128 else ((64, 3), (64, 2))
+    held = ((width, stages) for width, stages in choices if 2 * wide * (size + 2 * width * stages) < shared_memory(device))
+    return next(held, (32, 2))

@@ -3,7 +3,8 @@
 Every figure of a run is of that run: the machine's ceilings (copy bandwidth, matrix product rate), the kernel and its
 rivals, timed in turns, so that a disturbance meets all of them; medians. "bound" is the analytic cost model, FLOPs at the
 matrix rate plus bytes at the copy rate, of the work that no implementation can avoid; GB/s and TFLOP/s are counted for
-that same work whatever an implementation does. Memory is what a call allocates at its peak beyond its inputs.
+that same work whatever an implementation does. On a GPU ms are the GPU's, and host ms what it takes to queue a call: where
+they are more, a call alone waits for them. Memory is what a call allocates at its peak beyond its inputs.
 On CUDA these are Qwen2-1.5B's shapes in bfloat16 and the Triton kernels, else smaller ones in float32 and the CPU paths.
 """
 
@@ -16,6 +17,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -178,18 +180,40 @@ def compiles(device: str) -> bool:
     return device == "cuda" or shutil.which("g++") is not None
 
 
+@cache
+def _flood() -> Tensor:
+    return torch.zeros(2**29, dtype=torch.int32, device="cuda")
+
+
 def seconds(call: Call, device: str) -> float:
+    """Time of one call; on a GPU the GPU's own, `host_seconds` being what the call asks of the processor that launches it."""
     if device != "cuda":
-        start = time.perf_counter()
-        call()
-        return time.perf_counter() - start
-    torch.empty(2**28, dtype=torch.uint8, device="cuda").zero_()  # whatever the second-level cache held is gone
+        return host_seconds(call)
+    # Reading 2 GiB drives out what the second-level cache held, and leaves time to queue the call's launches.
+    _flood().sum()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     call()
     end.record()
     end.synchronize()
     return start.elapsed_time(end) / 1e3
+
+
+def host_seconds(call: Call) -> float:
+    """Until the call returns: on a GPU launches are queued by then, not done."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def queued(call: Call) -> float:
+    """Median of `host_seconds` with an idle GPU."""
+    times = []
+    for _ in range(10):
+        torch.cuda.synchronize()
+        times.append(host_seconds(call))
+    torch.cuda.synchronize()
+    return statistics.median(times)
 
 
 def medians(calls: dict[str, Call], device: str, budget: float) -> dict[str, float]:
@@ -248,7 +272,7 @@ def measure(
             "bound_milliseconds": bound * 1e3, "of_bound": bound / taken, "gigabytes_per_second": size / taken / 1e9,
             "of_copy_bandwidth": size / taken / copy, "teraflops": flops / taken / 1e12,
             "of_matmul_rate": flops / taken / matmul, "peak_bytes": peak_bytes(calls[name], device),
-            "ratio": taken / ours,
+            "ratio": taken / ours, "host_milliseconds": (queued(calls[name]) if device == "cuda" else taken) * 1e3,
         })  # fmt: skip
     return rows
 
@@ -268,12 +292,13 @@ def main(arguments: list[str] | None = None) -> None:
     for kernel in (options.kernel,) if options.kernel else ("agent_attention", "ib_loss"):
         for shape in SHAPES[kernel, device]:
             print(f"\n{shape}\n{'':34}{'ms':>9}{'of bound':>10}{'GB/s':>8}{'of copy':>9}{'TFLOP/s':>9}"
-                  f"{'of product':>11}{'peak MB':>9}{'ratio':>7}")  # fmt: skip
+                  f"{'of product':>11}{'peak MB':>9}{'ratio':>7}{'host ms':>9}")  # fmt: skip
             for row in measure(shape, device, dtype, copy, matmul):
                 rows.append(row)
                 print(f"{row['name']:34}{row['milliseconds']:9.3f}{row['of_bound']:10.0%}"
                       f"{row['gigabytes_per_second']:8.1f}{row['of_copy_bandwidth']:9.0%}{row['teraflops']:9.3f}"
-                      f"{row['of_matmul_rate']:11.0%}{row['peak_bytes'] / 1e6:9.1f}{row['ratio']:7.2f}")  # fmt: skip
+                      f"{row['of_matmul_rate']:11.0%}{row['peak_bytes'] / 1e6:9.1f}{row['ratio']:7.2f}"
+                      f"{row['host_milliseconds']:9.3f}")  # fmt: skip
             print(f"{'bound':34}{rows[-1]['bound_milliseconds']:9.3f}")
     if options.json:
         run = {"machine": where, "torch": torch.__version__, "dtype": str(dtype), "copy_bytes_per_second": copy,

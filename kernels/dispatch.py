@@ -20,6 +20,13 @@ def _installed() -> bool:
     return find_spec("triton") is not None
 
 
+@cache
 def processors(device: torch.device) -> int:
     """Streaming multiprocessors of a GPU; 2 where there is none, so that the interpreter runs every loop."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+@cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program can have; of an H100 where there is no GPU."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else 227 * 1024

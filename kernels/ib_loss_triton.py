@@ -8,6 +8,9 @@ Backward, two kernels a piece of the vocabulary, as many words as BUFFER holds f
 again and become d loss / d z, z = W hidden, in the head's dtype; that times the head is added to the gradient, kept in
 float32. d loss / d z = mu_v (up_kl (log mu_v - log r_v - kl) - up_log_prob) + up_log_prob [v = target].
 
+Tiles are read through tensor descriptors, which Hopper's copy engine (TMA) serves: no thread spends registers on addresses
+or masks, and what lies outside of a tensor reads as 0.
+
 Cost: five matrix products of 2 n v d FLOPs (two forward, three backward), where materialised logits take three. Bytes:
 the head is read twice, and (n / BLOCK_T) times from the second-level cache; the buffer is written and read once.
 """
@@ -15,48 +18,45 @@ the head is read twice, and (n / BLOCK_T) times from the second-level cache; the
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.dispatch import processors
+from kernels.dispatch import processors, shared_memory
 
-BUFFER = 2**26  # bytes of d loss / d z held at once
+BUFFER = 3 * 2**24  # bytes of d loss / d z held at once
 WAVES = 8  # programs of the forward kernel for every multiprocessor: more even out their ends, fewer join less
 
 
 class Tiles(NamedTuple):
-    """Tokens, words and dimensions of a tile; warps of a program, stages of the loads' pipeline."""
+    """Tokens, words and dimensions of a tile, and warps of a program."""
 
     tokens: int
     words: int
     dims: int
     num_warps: int
-    num_stages: int
 
 
-# Two float32 accumulators of [128, 128] over 8 warps take half of the registers, and three stages of three [128, 64] tiles
-# 144 KiB of shared memory. float32 has no tensor cores at full precision, so its tiles are smaller.
-HALF, FULL = Tiles(128, 128, 64, 8, 3), Tiles(64, 64, 32, 4, 2)
+# Two float32 accumulators of [128, 128] over 8 warps take half of the registers. float32 has no tensor cores at full
+# precision, so its tiles are smaller.
+HALF, FULL = Tiles(128, 128, 64, 8), Tiles(64, 64, 32, 4)
 
 
 @triton.jit
 def _logits(
-    hidden, prior, weight, row, word, dim,
+    hidden, prior, weight, token, word, dim,
     BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Two tiles of logits, [BLOCK_T, BLOCK_V] in float32, from rows `row` of hidden and prior and of the head `word`."""
+    """Two tiles of logits, [BLOCK_T, BLOCK_V] in float32: hidden and prior from row `token` on, the head from row `word` on."""
     z = tl.zeros((BLOCK_T, BLOCK_V), tl.float32)
     y = tl.zeros((BLOCK_T, BLOCK_V), tl.float32)
-    column = tl.arange(0, BLOCK_D)
-    across = row[:, None] * dim + column[None, :]
-    down = word[None, :] * dim + column[:, None]
     for start in range(0, dim, BLOCK_D):
-        inside = column < dim - start
-        h = tl.load(hidden + across + start, mask=inside[None, :], other=0.0)
-        p = tl.load(prior + across + start, mask=inside[None, :], other=0.0)
-        w = tl.load(weight + down + start, mask=inside[:, None], other=0.0).to(h.dtype)
+        h = hidden.load([token, start])
+        p = prior.load([token, start])
+        w = weight.load([word, start]).to(h.dtype).T
         z = tl.dot(h, w, z, input_precision="ieee")
         y = tl.dot(p, w, y, input_precision="ieee")
     return z, y
@@ -69,9 +69,10 @@ def _terms_kernel(
 ):  # fmt: skip
     """out [7, splits, tokens]: over a share of tiles_each tiles of words, the maxima of z and y, the log-sum-exps above
     them, the KL between softmaxes over the share, and z and y of the target (0 if it is elsewhere)."""
-    at, split = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T), tl.program_id(1)
-    row = tl.minimum(at, tokens - 1)  # rows past the end compute the last one again, unmasked, and are not stored
-    target = tl.load(targets + row)
+    token, split = tl.program_id(0) * BLOCK_T, tl.program_id(1)
+    at = token + tl.arange(0, BLOCK_T)
+    inside = at < tokens
+    target = tl.load(targets + at, mask=inside, other=-1)
     z_max = tl.full((BLOCK_T,), -1e30, tl.float32)  # finite: a difference of two infinities is not a number
     y_max = tl.full((BLOCK_T,), -1e30, tl.float32)
     z_sum = tl.zeros((BLOCK_T,), tl.float32)
@@ -82,10 +83,7 @@ def _terms_kernel(
     first = split * tiles_each
     for tile in range(first, tl.minimum(first + tiles_each, tl.cdiv(vocab, BLOCK_V))):
         word = tile * BLOCK_V + tl.arange(0, BLOCK_V)
-        z, y = _logits(
-            hidden, prior, weight, row.to(tl.int64), tl.minimum(word, vocab - 1).to(tl.int64), dim,
-            BLOCK_T, BLOCK_V, BLOCK_D,
-        )  # fmt: skip
+        z, y = _logits(hidden, prior, weight, token, tile * BLOCK_V, dim, BLOCK_T, BLOCK_V, BLOCK_D)
         here = word[None, :] == target[:, None]
         z_target += tl.sum(tl.where(here, z, 0.0), axis=1)
         y_target += tl.sum(tl.where(here, y, 0.0), axis=1)
@@ -100,7 +98,7 @@ def _terms_kernel(
         z_sum = z_sum * z_decay + tl.sum(e, axis=1)
         y_sum = y_sum * tl.exp(y_max - y_new) + tl.sum(tl.where(real, tl.exp(y), 0.0), axis=1)
         z_max, y_max = z_new, y_new
-    inside, step = at < tokens, tl.num_programs(1) * tokens
+    step = tl.num_programs(1) * tokens
     place = out + split * tokens + at
     tl.store(place, z_max, mask=inside)
     tl.store(place + step, y_max, mask=inside)
@@ -113,19 +111,15 @@ def _terms_kernel(
 
 @triton.jit
 def _slope_kernel(
-    hidden, prior, weight, targets, stats, slope, tokens, vocab, dim, first, size,
+    hidden, prior, weight, targets, stats, slope, slope_row, tokens, dim, first, size,
     BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """slope [tokens, size]: d loss / d z of the words first .. first + size - 1. stats float32 [7, tokens]: maxima of z
     and y, log-sum-exps above them, KL, upstream gradients of log_prob and kl."""
-    at = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    row = tl.minimum(at, tokens - 1)
-    column = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
-    word = first + column
-    z, y = _logits(
-        hidden, prior, weight, row.to(tl.int64), tl.minimum(word, vocab - 1).to(tl.int64), dim,
-        BLOCK_T, BLOCK_V, BLOCK_D,
-    )  # fmt: skip
+    token, start = tl.program_id(0) * BLOCK_T, tl.program_id(1) * BLOCK_V
+    at, column = token + tl.arange(0, BLOCK_T), start + tl.arange(0, BLOCK_V)
+    z, y = _logits(hidden, prior, weight, token, first + start, dim, BLOCK_T, BLOCK_V, BLOCK_D)
+    row = tl.minimum(at, tokens - 1)  # rows past the end take the last one's numbers and are not stored
     stats += row
     z_max, y_max = tl.load(stats), tl.load(stats + tokens)
     z_log_sum, y_log_sum = tl.load(stats + 2 * tokens), tl.load(stats + 3 * tokens)
@@ -135,8 +129,8 @@ def _slope_kernel(
     ratio = log_mu - (y - y_max[:, None] - y_log_sum[:, None]) - kl[:, None]
     target = tl.load(targets + row)
     out = tl.exp(log_mu) * (up_kl[:, None] * ratio - up_log_prob[:, None])
-    out += tl.where(word[None, :] == target[:, None], up_log_prob[:, None], 0.0)
-    place = slope + at.to(tl.int64)[:, None] * size + column[None, :]
+    out += tl.where((first + column)[None, :] == target[:, None], up_log_prob[:, None], 0.0)
+    place = slope + at.to(tl.int64)[:, None] * slope_row + column[None, :]
     tl.store(place, out.to(slope.dtype.element_ty), mask=(at < tokens)[:, None] & (column < size)[None, :])
 
 
@@ -146,21 +140,34 @@ def _gather_kernel(
     BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """gradient [tokens, dim] += slope [tokens, size] times the head's rows first .. first + size - 1."""
-    at, column = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T), tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    word = tl.arange(0, BLOCK_V)
-    row = tl.minimum(at, tokens - 1).to(tl.int64)
-    left = slope + row[:, None] * size + word[None, :]
-    right = weight + (first + word).to(tl.int64)[:, None] * dim + tl.minimum(column, dim - 1)[None, :]
+    token, start = tl.program_id(0) * BLOCK_T, tl.program_id(1) * BLOCK_D
     total = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
-    for start in range(0, size, BLOCK_V):
-        inside = word < size - start
-        s = tl.load(left + start, mask=inside[None, :], other=0.0)
-        w = tl.load(right, mask=inside[:, None], other=0.0).to(s.dtype)
-        total = tl.dot(s, w, total, input_precision="ieee")
-        right += BLOCK_V * dim
-    place = gradient + row[:, None] * dim + column[None, :]
+    for word in range(0, size, BLOCK_V):
+        s = slope.load([token, word])
+        total = tl.dot(s, weight.load([first + word, start]).to(s.dtype), total, input_precision="ieee")
+    at, column = token + tl.arange(0, BLOCK_T), start + tl.arange(0, BLOCK_D)
+    place = gradient + at.to(tl.int64)[:, None] * dim + column[None, :]
     stored = (at < tokens)[:, None] & (column < dim)[None, :]
     tl.store(place, tl.load(place, mask=stored, other=0.0) + total, mask=stored)
+
+
+def _stages(x: Tensor, numbers: int) -> int:
+    """How many stages of a loop's loads, `numbers` of x's numbers each, shared memory holds; four are enough."""
+    return max(1, min(4, (shared_memory(x.device) - 1024) // (numbers * x.element_size())))
+
+
+def _read(tiles: Tiles, hidden: Tensor, prior: Tensor, weight: Tensor) -> tuple[TensorDescriptor, ...]:
+    rows = (tiles.tokens, tiles.tokens, tiles.words)
+    return tuple(
+        TensorDescriptor.from_tensor(x, [n, tiles.dims]) for x, n in zip((hidden, prior, weight), rows, strict=True)
+    )
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """x with rows that a descriptor can read, which begin at multiples of 16 bytes: where they do not, a copy padded with 0."""
+    missing = -x.shape[1] % (16 // x.element_size())
+    x = F.pad(x, (0, missing)) if missing else x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
 class Fused(torch.autograd.Function):
@@ -170,10 +177,10 @@ class Fused(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, prior_hidden: Tensor, weight: Tensor, targets: Tensor, differentiable: bool
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        ctx.dtype = hidden.dtype
+        ctx.dtype, ctx.dim = hidden.dtype, hidden.shape[1]
         if not hidden.is_cuda and torch.bfloat16 in (hidden.dtype, weight.dtype):  # the interpreter cannot multiply it
             hidden, weight = hidden.float(), weight.float()
-        hidden, prior, weight = (x.contiguous() for x in (hidden, prior_hidden.to(hidden.dtype), weight))
+        hidden, prior, weight = (_aligned(x) for x in (hidden, prior_hidden.to(hidden.dtype), weight))
         (tokens, dim), vocab = hidden.shape, weight.shape[0]
         tiles = FULL if hidden.dtype == torch.float32 else HALF
         blocks, pieces = triton.cdiv(tokens, tiles.tokens), triton.cdiv(vocab, tiles.words)
@@ -182,8 +189,8 @@ class Fused(torch.autograd.Function):
         targets = targets.contiguous()
         if tokens:
             _terms_kernel[blocks, out.shape[1]](
-                hidden, prior, weight, targets, out, tokens, vocab, dim, each, *tiles[:3],
-                num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+                *_read(tiles, hidden, prior, weight), targets, out, tokens, vocab, dim, each, *tiles[:3],
+                num_warps=tiles.num_warps, num_stages=_stages(hidden, (2 * tiles.tokens + tiles.words) * tiles.dims),
             )  # fmt: skip
         # Join the shares. Maxima stay apart from log-sum-exps, so that a constant in the logits costs no precision. The KL
         # obeys the chain rule of relative entropy: each share's own, and that between the shares' probabilities.
@@ -209,15 +216,21 @@ class Fused(torch.autograd.Function):
         stats = torch.cat((stats, (log_prob / scale)[None], (kl / scale)[None]))
         gradient = hidden.new_zeros(tokens, dim, dtype=torch.float32)
         most = max(1, BUFFER // (max(1, tokens) * hidden.element_size() * tiles.words)) * tiles.words
-        slope = hidden.new_empty(tokens * min(most, vocab))
-        options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
-        blocks = triton.cdiv(tokens, tiles.tokens)
+        most = min(most, triton.cdiv(vocab, tiles.words) * tiles.words)
+        slope = hidden.new_empty(tokens, most)
+        blocks, inputs = triton.cdiv(tokens, tiles.tokens), ()
+        if tokens:
+            inputs = _read(tiles, hidden, prior, weight)
+            head = TensorDescriptor.from_tensor(weight, [tiles.dims, tiles.words])
         for first in range(0, vocab if tokens else 0, most):
             size = min(most, vocab - first)
             _slope_kernel[blocks, triton.cdiv(size, tiles.words)](
-                hidden, prior, weight, targets, stats, slope, tokens, vocab, dim, first, size, *tiles[:3], **options
-            )
+                *inputs, targets, stats, slope, most, tokens, dim, first, size, *tiles[:3],
+                num_warps=tiles.num_warps, num_stages=_stages(hidden, (2 * tiles.tokens + tiles.words) * tiles.dims),
+            )  # fmt: skip
+            made = TensorDescriptor(slope, [tokens, size], [most, 1], [tiles.tokens, tiles.dims])
             _gather_kernel[blocks, triton.cdiv(dim, tiles.words)](
-                slope, weight, gradient, tokens, dim, first, size, tiles.tokens, tiles.dims, tiles.words, **options
-            )
-        return gradient.mul_(scale[:, None]).to(ctx.dtype), None, None, None, None
+                made, head, gradient, tokens, dim, first, size, tiles.tokens, tiles.dims, tiles.words,
+                num_warps=tiles.num_warps, num_stages=_stages(hidden, (tiles.tokens + tiles.words) * tiles.dims),
+            )  # fmt: skip
+        return gradient.mul_(scale[:, None])[:, : ctx.dim].to(ctx.dtype), None, None, None, None

@@ -67,20 +67,28 @@ from triton.compiler import ASTSource
 import kernels.agent_attention_triton as attention
 import kernels.ib_loss_triton as loss
 
-half, sizes = "*bf16", {"BLOCK_T": 128, "BLOCK_V": 128, "BLOCK_D": 64}
+def tiles(*shape):
+    return f"tensordesc<bf16[{', '.join(map(str, shape))}]>"
+
+rows, sizes = tiles(128, 64), {"BLOCK_T": 128, "BLOCK_V": 128, "BLOCK_D": 64}
+logits = {"hidden": rows, "prior": rows, "weight": rows}
+gather = {"slope": rows, "weight": tiles(64, 128)}, {"BLOCK_T": 128, "BLOCK_V": 64, "BLOCK_D": 128}
 pointers = {"targets": "*i64", "out": "*fp32", "stats": "*fp32", "gradient": "*fp32", "state": "*fp32", "own": "*i32",
             "state_lse": "*fp32", "lengths": "*i32", "blocks": "*i32", "world_of": "*i32", "scale": "fp32"}
-pointers |= dict.fromkeys(("hidden", "prior", "weight", "slope", "q", "k", "v"), half)
-shape = {"HEAD_DIM": 128, "BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_D": 128, "WINDOWED": False}
-for kernel, constants in {
-    "loss": ((loss._terms_kernel, sizes), (loss._slope_kernel, sizes), (loss._gather_kernel, sizes)),
-    "attention": ((attention._prefix_kernel, shape), (attention._suffix_kernel, {**shape, "BLOCK_M": 16, "HAS_PREFIX": True})),
+pointers |= dict.fromkeys(("slope", "q"), "*bf16")
+shape = {"HEAD_DIM": 128, "BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_D": 128, "WINDOWED": False}
+keys, few = {x: tiles(1, 1, 128, 128) for x in "kv"}, {x: tiles(1, 1, 16, 128) for x in "kv"}
+for kernel, inputs, constants in {
+    "loss": ((loss._terms_kernel, logits, sizes), (loss._slope_kernel, logits, sizes), (loss._gather_kernel, *gather)),
+    "attention": ((attention._prefix_kernel, keys, shape),
+                  (attention._suffix_kernel, few, {**shape, "BLOCK_M": 16, "BLOCK_N": 16, "HAS_PREFIX": True})),
 }[sys.argv[1]]:
-    types = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in kernel.arg_names}
+    known = pointers | inputs
+    types = {name: "constexpr" if name in constants else known.get(name, "i32") for name in kernel.arg_names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(types) if types[name][0] == "*"}
     places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     source = ASTSource(fn=kernel, signature=types, constexprs=places, attrs=aligned)
-    options = {"num_warps": 8 if constants.get("BLOCK_M") != 16 else 4, "num_stages": 3}
+    options = {"num_warps": 1 if constants.get("BLOCK_M") == 16 else 8, "num_stages": 3 if "BLOCK_M" in constants else 4}
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     assert made.metadata.shared <= 227 * 1024, "more shared memory than an H100 has"
     print(kernel.__name__, made.metadata.shared)
