@@ -109,7 +109,7 @@ class Plan:
         self.prefix, self.own, self.of = prefix, own, of
         self.row = own[:, None] - q_len + np.arange(q_len)  # suffix position of each query row
         self.counts = np.bincount(of, minlength=len(prefix))
-        self._blocks: dict[tuple[int, int], Tensor] = {}
+        self._tables: dict[tuple[bool, int, int, bool], Tensor] = {}
         self._pieces: dict[int, list[Piece]] = {}
 
     @cached_property
@@ -145,19 +145,27 @@ class Plan:
         """int32 [worlds], [agents], [agents]: prefix and suffix lengths, and every agent's world."""
         return tuple(torch.from_numpy(x.astype(np.int32)).to(self.device) for x in (self.prefix, self.own, self.of))
 
-    def blocks(self, rows: int, size: int) -> Tensor:
-        """int32 [blocks, 4]: world, its first agent, its query rows, and the first row of a block of `size` of them, where
-        every agent has `rows`. A world's last block may be ragged; a world without agents or prefix has none."""
-        if (rows, size) in self._blocks:
-            return self._blocks[rows, size]
-        total = self.counts * rows * (self.prefix > 0)
-        number = -(-total // size)
-        world = np.repeat(np.arange(len(total)), number)
-        first = (np.cumsum(self.counts) - self.counts)[world]
-        start = (np.arange(len(world)) - np.repeat(np.cumsum(number) - number, number)) * size
-        table = np.stack((world, first, total[world], start), axis=1)
-        self._blocks[rows, size] = torch.from_numpy(table.astype(np.int32)).to(self.device)
-        return self._blocks[rows, size]
+    def row_blocks(self, prefix: bool, rows: int, size: int) -> Tensor:
+        """int32 [blocks, 4]: an owner of keys (of prefixes a world, else an agent), its first agent, its query rows, and the
+        first row of a block of `size` of them, where every agent has `rows`. An owner's last block may be ragged; one without
+        agents or keys has none."""
+        return self._table(prefix, rows, size, along_keys=False)
+
+    def key_tiles(self, prefix: bool, rows: int, size: int) -> Tensor:
+        """The same along the owner's keys: the last number is the first key of a tile of `size`."""
+        return self._table(prefix, rows, size, along_keys=True)
+
+    def _table(self, prefix: bool, rows: int, size: int, along_keys: bool) -> Tensor:
+        if (prefix, rows, size, along_keys) in self._tables:
+            return self._tables[prefix, rows, size, along_keys]
+        agents = self.counts if prefix else np.ones_like(self.own)
+        keys, total = (self.prefix if prefix else self.own), agents * rows
+        number = -(-np.where((keys > 0) & (total > 0), keys if along_keys else total, 0) // size)
+        owner = np.repeat(np.arange(len(keys)), number)
+        start = (np.arange(len(owner)) - np.repeat(np.cumsum(number) - number, number)) * size
+        table = np.stack((owner, (np.cumsum(agents) - agents)[owner], total[owner], start), axis=1)
+        made = torch.from_numpy(table.astype(np.int32)).to(self.device)
+        return self._tables.setdefault((prefix, rows, size, along_keys), made)
 
     def _mask(self, hidden: np.ndarray) -> Tensor | None:
         """What to add to scores, float32: -inf where hidden. None if nothing is."""
@@ -237,13 +245,17 @@ def agent_attention(
     if agents == 0 or q_len == 0 or suffix_k.shape[2] == 0:
         return q.masked_fill(torch.ones((), dtype=torch.bool, device=q.device), 0)
     inputs = (q, prefix_k, prefix_v, suffix_k, suffix_v)
-    if runs_triton(q) and not (torch.is_grad_enabled() and any(x.requires_grad for x in inputs)):
+    differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    if runs_triton(q):
+        if differentiable:
+            from kernels.agent_attention_backward import Fused
+
+            return Fused.apply(*inputs, plan)
         from kernels.agent_attention_triton import fused_attention
 
-        return fused_attention(*inputs, plan)
+        return fused_attention(*inputs, plan)[0]
     compute = q.dtype if q.dtype == torch.bfloat16 else torch.promote_types(q.dtype, torch.float32)
     tensors = [x.to(compute) for x in inputs]
-    differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     if not differentiable:
         flash = compute == torch.float32 and q.device.type == "cpu" and plan.window is None and bool((plan.prefix > 0).all())
         out = (_flash if flash else _grouped)(*tensors, plan)

@@ -130,11 +130,12 @@ def _suffix_kernel(
         scale, top, total, average, BLOCK_N, BLOCK_D, True,
     )  # fmt: skip
     average = tl.where(real[:, None], average / tl.where(real, total, 1.0)[:, None], 0.0)  # padding rows return 0
+    tl.store(state_lse + place, top * scale + tl.log2(tl.where(real, total, 1.0)), mask=real)  # now of both sides
     stored = (r < rows)[:, None] & (d[None, :] < HEAD_DIM)
     tl.store(out + place[:, None] * HEAD_DIM + d[None, :], average.to(out.dtype.element_ty), mask=stored)
 
 
-def _read(x: Tensor, block_n: int, block_d: int) -> TensorDescriptor | None:
+def tiles_of(x: Tensor, block_n: int, block_d: int) -> TensorDescriptor | None:
     """How a kernel reads [block_n, block_d] tiles of x [owners, kv_heads, slots, head_dim]; None where x has no slots. Rows
     must begin at multiples of 16 bytes: where they do not, of a copy."""
     size = 16 // x.element_size()
@@ -145,8 +146,9 @@ def _read(x: Tensor, block_n: int, block_d: int) -> TensorDescriptor | None:
 
 def fused_attention(
     q: Tensor, prefix_k: Tensor, prefix_v: Tensor, suffix_k: Tensor, suffix_v: Tensor, plan: Plan
-) -> Tensor:  # fmt: skip
-    """`agent_attention` of at least one query row and suffix slot, by its plan. No gradient."""
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(`agent_attention` of at least one query row and suffix slot, by its plan, without a gradient; log-sum-exps of its scores,
+    in units of log 2, float32 [agents, kv_heads, rows])."""
     dtype = q.dtype
     if not q.is_cuda and dtype == torch.bfloat16:  # the interpreter cannot multiply it
         q = q.float()
@@ -161,10 +163,10 @@ def fused_attention(
     state = q.new_empty(agents, kv_heads, rows, head_dim, dtype=torch.float32)
     state_lse = q.new_empty(agents, kv_heads, rows, dtype=torch.float32)
     size = _block(plan, rows, kv_heads, half, q.device)
-    blocks = plan.blocks(rows, size)
+    blocks = plan.row_blocks(True, rows, size)
     if len(blocks):
         width, stages = _tile(size, wide, half, q.device)
-        k, v = (_read(x, width, wide) for x in (prefix_k, prefix_v))
+        k, v = (tiles_of(x, width, wide) for x in (prefix_k, prefix_v))
         _prefix_kernel[len(blocks), kv_heads](
             q, k, v, lengths, own, blocks, state, state_lse, scale, window, q_len, rows, BLOCK_M=size, BLOCK_N=width,
             num_warps=8 if size == 128 else 4, num_stages=stages, **fixed,
@@ -173,19 +175,19 @@ def fused_attention(
     size = min(64 if half else 32, max(16, triton.next_power_of_2(rows)))
     # An agent's few rows in decode wait for memory alone: narrow tiles keep many programs on a multiprocessor.
     width = 16 if size == 16 else 64 if half else 32
-    k, v = (_read(x, width, wide) for x in (suffix_k, suffix_v))
+    k, v = (tiles_of(x, width, wide) for x in (suffix_k, suffix_v))
     _suffix_kernel[agents, kv_heads, triton.cdiv(rows, size)](
         q, k, v, lengths, world, own, state, state_lse, out, scale, window, q_len, rows, BLOCK_M=size, BLOCK_N=width,
         HAS_PREFIX=len(blocks) > 0, num_warps=1 if size == 16 else 4, num_stages=3 if size == 16 else 2, **fixed,
     )  # fmt: skip
-    return out
+    return out, state_lse
 
 
 def _block(plan: Plan, rows: int, kv_heads: int, half: bool, device: torch.device) -> int:
     """Query rows of a prefix program. A block of 128 keeps tensor cores busy; float32, without them, has registers for 32. Few
     rows in all: smaller blocks, so that every multiprocessor gets one."""
     size = min(128 if half else 32, max(16, triton.next_power_of_2(int(plan.counts.max()) * rows)))
-    while size > 32 and len(plan.blocks(rows, size)) * kv_heads < processors(device):
+    while size > 32 and len(plan.row_blocks(True, rows, size)) * kv_heads < processors(device):
         size //= 2
     return size
 

@@ -15,9 +15,9 @@ import platform
 import shutil
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -36,7 +36,8 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # PyTorch's profiler, which mea
 
 @dataclass(frozen=True)
 class Attention:
-    """worlds of `agents` each, `prefix` and `suffix` keys; all of the suffix is new (prefill) or its last token (decode)."""
+    """worlds of `agents` each, `prefix` and `suffix` keys; all of the suffix is new (prefill) or its last token (decode).
+    backward: with gradients to queries, keys and values, as in training."""
 
     worlds: int
     agents: int
@@ -46,14 +47,17 @@ class Attention:
     heads: int
     kv_heads: int
     head_dim: int
+    backward: bool = False
 
     def work(self, itemsize: int) -> tuple[float, float]:
-        """FLOPs and bytes: scores and averages over the keys that rows see; q, out, every prefix and suffix once."""
+        """FLOPs and bytes: scores and averages over the keys that rows see; q, out, every prefix and suffix once. Backwards five
+        products of that size for two, and q, out, keys and values read again beside all gradients."""
         agents, t = self.worlds * self.agents, self.q_len
         seen = t * (self.prefix + self.suffix) - t * (t - 1) / 2
         keys = self.worlds * self.prefix + agents * self.suffix
         numbers = 2 * self.kv_heads * self.head_dim * keys + 2 * agents * self.heads * t * self.head_dim
-        return 4.0 * self.heads * self.head_dim * seen * agents, float(numbers * itemsize)
+        flops = 4.0 * self.heads * self.head_dim * seen * agents
+        return flops * (3.5 if self.backward else 1), float(numbers * itemsize * (3 if self.backward else 1))
 
     def calls(self, device: str, dtype: torch.dtype) -> dict[str, Call]:
         """agent_attention, and the same through PyTorch's own kernels, the prefix repeated beforehand where they need it."""
@@ -80,11 +84,19 @@ class Attention:
                 q, keys, values, attn_mask=mask, enable_gqa=True
             ),
         }
+        inputs = dict.fromkeys(calls, [q, prefix_k, prefix_v, suffix_k, suffix_v])
+        inputs["SDPA, prefix repeated"] = [q, keys, values]  # that its gradients of copies are not yet added up is untimed too
         if compiles(device):
-            calls["FlexAttention, one row a world"] = self._flex(q, prefix_k, prefix_v, suffix_k, suffix_v)
-        return calls
+            name = "FlexAttention, one row a world"
+            calls[name], inputs[name] = self._flex(q, prefix_k, prefix_v, suffix_k, suffix_v)
+        if not self.backward:
+            return calls
+        for x in (x for some in inputs.values() for x in some):
+            x.requires_grad_()
+        up = torch.randn_like(q)
+        return {name: partial(_both_ways, call, inputs[name], up) for name, call in calls.items()}
 
-    def _flex(self, q: Tensor, prefix_k: Tensor, prefix_v: Tensor, suffix_k: Tensor, suffix_v: Tensor) -> Call:
+    def _flex(self, q: Tensor, prefix_k: Tensor, prefix_v: Tensor, suffix_k: Tensor, suffix_v: Tensor) -> tuple[Call, list[Tensor]]:
         """A world's agents as one long row of queries, the keys its prefix and then all suffixes, masked by agent."""
 
         def one_row(x: Tensor) -> Tensor:
@@ -99,7 +111,13 @@ class Attention:
         k, v = (torch.cat((x, one_row(y)), dim=2) for x, y in ((prefix_k, suffix_k), (prefix_v, suffix_v)))
         block = create_block_mask(seen, None, None, query.shape[2], k.shape[2], device=q.device)
         flex = torch.compile(flex_attention, dynamic=False)
-        return lambda: flex(query, k, v, block_mask=block, enable_gqa=True)
+        return lambda: flex(query, k, v, block_mask=block, enable_gqa=True), [query, k, v]
+
+
+def _both_ways(call: Call, inputs: Sequence[Tensor], up: Tensor) -> Tensor:
+    """The gradient to the queries, computed along with those to keys and values."""
+    out = call()
+    return torch.autograd.grad(out, inputs, up.view(out.shape))[0].reshape(up.shape)
 
 
 @dataclass(frozen=True)
@@ -162,7 +180,7 @@ def materialised(hidden: Tensor, prior: Tensor, weight: Tensor, targets: Tensor)
 SHAPES = {
     ("agent_attention", "cuda"): [
         Attention(32, 256, 2048, 64, 1, 12, 2, 128), Attention(1, 256, 2048, 64, 1, 12, 2, 128),
-        Attention(8, 64, 2048, 64, 64, 12, 2, 128),
+        Attention(8, 64, 2048, 64, 64, 12, 2, 128), Attention(4, 64, 600, 90, 90, 12, 2, 128, backward=True),
     ],
     ("agent_attention", "cpu"): [
         Attention(1, 64, 600, 60, t, *heads) for heads in ((6, 2, 32), (12, 2, 128)) for t in (1, 60)

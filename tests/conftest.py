@@ -11,6 +11,7 @@ if not torch.cuda.is_available():
     # Triton settles when it is imported whether its kernels run in its interpreter, so that is done before any other
     # module may import it. Afterwards the variable would send every model of the suite there: `triton_device` sets it.
     os.environ["TRITON_INTERPRET"] = "1"
+    import kernels.agent_attention_backward
     import kernels.agent_attention_triton
     import kernels.ib_loss_triton
 

@@ -115,18 +115,21 @@ def test_any_shape_equals_the_oracle(counts, q_len, prefix, suffix, heads, windo
     torch.testing.assert_close(agent_attention_reference(**case, window=window), expected, rtol=0, atol=near)
 
 
-@given(
-    counts=st.lists(st.integers(0, 3), min_size=1, max_size=3),
-    q_len=st.sampled_from([1, 1, 3, 17]),
-    prefix=st.sampled_from([0, 1, 40, 150]),
-    suffix=st.sampled_from([1, 8, 70]),
-    heads=st.sampled_from([(1, 1), (6, 1), (4, 2)]),
-    head_dim=st.sampled_from([8, 32, 80, 128]),
-    window=st.sampled_from([None, None, 1, 12, 100]),
-    dirty=st.booleans(),
-    dtype=st.sampled_from([torch.float32, torch.float16]),
-    seed=st.integers(0, 10_000),
-)
+TRITON = {
+    "counts": st.lists(st.integers(0, 3), min_size=1, max_size=3),
+    "q_len": st.sampled_from([1, 1, 3, 17]),
+    "prefix": st.sampled_from([0, 1, 40, 150]),
+    "suffix": st.sampled_from([1, 8, 70]),
+    "heads": st.sampled_from([(1, 1), (6, 1), (4, 2)]),
+    "head_dim": st.sampled_from([8, 32, 80, 100, 128]),
+    "window": st.sampled_from([None, None, 1, 12, 100]),
+    "dirty": st.booleans(),
+    "dtype": st.sampled_from([torch.float32, torch.float16]),
+    "seed": st.integers(0, 10_000),
+}
+
+
+@given(**TRITON)
 @settings(
     max_examples=60, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -141,6 +144,36 @@ def test_any_shape_equals_the_oracle_in_triton(
     torch.testing.assert_close(out, expected, rtol=0, atol=TOLERANCE[dtype])
 
 
+@given(**TRITON)
+@settings(
+    max_examples=25, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_gradients_of_any_shape_equal_the_references_in_triton(
+    triton_device, counts, q_len, prefix, suffix, heads, head_dim, window, dirty, dtype, seed
+):
+    """Invariant: whatever the shapes, window and what unused slots hold, gradients to queries, keys and values are the
+    reference's in float64, and 0 where a slot is unused."""
+    case = make(counts, q_len, prefix, suffix, *heads, head_dim, dtype, seed)
+    up = make(counts, q_len, prefix, suffix, *heads, head_dim, dtype, seed + 1)["q"]
+    exact = {name: x.double() if x.is_floating_point() else x for name, x in case.items()}
+    expected = gradients(agent_attention_reference, exact, up.double(), window)
+    found = gradients(agent_attention, on(triton_device, spoil(case) if dirty else case), up.to(triton_device), window)
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == dtype
+        size = max(1.0, float(other.abs().max())) if other.numel() else 1.0
+        torch.testing.assert_close(one.cpu().double(), other, rtol=0, atol=TOLERANCE[dtype] * size)
+    for side in ("prefix", "suffix"):
+        unused = torch.arange(case[f"{side}_k"].shape[2]) >= case[f"{side}_len"][:, None]
+        for gradient in (found[ARGUMENTS.index(f"{side}_{x}")].cpu() for x in "kv"):
+            assert (gradient.transpose(1, 2)[unused] == 0).all()
+
+
+def gradients(function, case, up, window=None):
+    inputs = [case[name].detach().requires_grad_() for name in ARGUMENTS]
+    out = function(**case | dict(zip(ARGUMENTS, inputs, strict=True)), window=window)
+    return torch.autograd.grad(out, inputs, up, materialize_grads=True)
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_every_dtype_keeps_its_own_precision(path, dtype):
     case = make([3, 0, 2], 4, 12, 6, head_dim=16, dtype=dtype, dirty=True)
@@ -148,6 +181,10 @@ def test_every_dtype_keeps_its_own_precision(path, dtype):
         out = function(**on(path, case), window=9).cpu()
         assert out.dtype == dtype
         assert (out.double() - oracle(case, 9).double()).abs().max() < TOLERANCE[dtype]
+    up = make([3, 0, 2], 4, 12, 6, head_dim=16, dtype=dtype, seed=1)["q"]
+    exact = gradients(agent_attention_reference, {k: x.double() if x.is_floating_point() else x for k, x in case.items()}, up.double())
+    for one, other in zip(gradients(agent_attention, on(path, case), up.to(path)), exact, strict=True):
+        assert one.dtype == dtype and (one.cpu().double() - other).abs().max() < 4 * TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("window", [None, 5])
@@ -159,7 +196,7 @@ def test_gradients_equal_finite_differences(function, window):
     assert torch.autograd.gradcheck(lambda *x: function(**dict(zip(ARGUMENTS, x)), **rest, window=window), inputs)
 
 
-def test_inputs_that_require_grad_take_the_differentiable_path(triton_device):
+def test_one_input_alone_can_require_a_gradient(triton_device):
     case = on(triton_device, make([2, 1], 3, 4, 5, dtype=torch.float32, seed=4))
     case["suffix_v"].requires_grad_()
     out = agent_attention(**case)

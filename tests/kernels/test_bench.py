@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,13 +17,15 @@ def test_work_is_counted_as_by_hand():
     keys = (5 + 3) + (5 + 4)  # what the two query rows of an agent see
     assert flops == 6 * 4 * keys * 8 * 4  # agents, heads, keys, head_dim; a score and an average, multiply and add
     assert size == 2 * (2 * 2 * 8 * (2 * 5 + 6 * 4) + 2 * 6 * 4 * 2 * 8)
+    backward = replace(SMALL["agent_attention"], backward=True).work(2)
+    assert backward == (flops / 2 * 7, size * 3)  # seven products for two
     assert SMALL["ib_loss"].work(4) == (3 * 2 * 7 * 4 * 11, 4 * (11 * 4 + 3 * 7 * 4))
 
 
-@pytest.mark.parametrize("kernel", SMALL)
-def test_rivals_compute_the_same(kernel, monkeypatch):
+@pytest.mark.parametrize("shape", [*SMALL.values(), replace(SMALL["agent_attention"], backward=True)])
+def test_rivals_compute_the_same(shape, monkeypatch):
     monkeypatch.setattr(bench, "compiles", lambda device: False)
-    first, *others = (call() for call in SMALL[kernel].calls("cpu", torch.float32).values())
+    first, *others = (call() for call in shape.calls("cpu", torch.float32).values())
     assert others
     for other in others:
         torch.testing.assert_close(other, first, rtol=1e-4, atol=1e-5)

@@ -13,6 +13,7 @@ from triton.runtime.interpreter import InterpretedFunction
 from kernels import agent_attention, ib_loss
 from kernels.agent_attention import agent_attention_reference
 from kernels.ib_loss import ib_loss_reference
+import kernels.agent_attention_backward as backward
 import kernels.agent_attention_triton as attention
 import kernels.ib_loss_triton as loss
 
@@ -28,7 +29,7 @@ class Spy:
         return self.kernel[grid]
 
 
-for module, names in ((loss, ("_terms", "_slope", "_gather")), (attention, ("_prefix", "_suffix"))):
+for module, names in ((loss, ("_terms", "_slope", "_gather")), (attention, ("_prefix", "_suffix")), (backward, ("_key", "_query"))):
     for name in names:
         kernel = getattr(module, name + "_kernel")
         assert isinstance(kernel, InterpretedFunction)
@@ -50,6 +51,9 @@ q, k, length, world = torch.randn(3, 2, 1, 16), torch.randn(3, 1, 4, 16), torch.
 case = q, k, k.flip(0), length, k.flip(1), k.flip(2), length, world
 assert_close(agent_attention(*case), agent_attention_reference(*case), rtol=1e-4, atol=1e-4)
 assert launched == ["_prefix_kernel", "_suffix_kernel"], launched
+launched.clear()
+agent_attention(q.requires_grad_(), *case[1:]).sum().backward()
+assert launched == ["_prefix_kernel", "_suffix_kernel"] + 2 * ["_key_kernel", "_query_kernel"], launched
 """
 
 
@@ -64,6 +68,7 @@ import sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+import kernels.agent_attention_backward as backward
 import kernels.agent_attention_triton as attention
 import kernels.ib_loss_triton as loss
 
@@ -75,13 +80,20 @@ logits = {"hidden": rows, "prior": rows, "weight": rows}
 gather = {"slope": rows, "weight": tiles(64, 128)}, {"BLOCK_T": 128, "BLOCK_V": 64, "BLOCK_D": 128}
 pointers = {"targets": "*i64", "out": "*fp32", "stats": "*fp32", "gradient": "*fp32", "state": "*fp32", "own": "*i32",
             "state_lse": "*fp32", "lengths": "*i32", "blocks": "*i32", "world_of": "*i32", "scale": "fp32"}
-pointers |= dict.fromkeys(("slope", "q"), "*bf16")
+pointers |= {"lse": "*fp32", "delta": "*fp32", "tiles": "*i32", "factor": "fp32"}
+pointers |= dict.fromkeys(("slope", "q", "up", "dk", "dv", "dq"), "*bf16")
 shape = {"HEAD_DIM": 128, "BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_D": 128, "WINDOWED": False}
 keys, few = {x: tiles(1, 1, 128, 128) for x in "kv"}, {x: tiles(1, 1, 16, 128) for x in "kv"}
 for kernel, inputs, constants in {
     "loss": ((loss._terms_kernel, logits, sizes), (loss._slope_kernel, logits, sizes), (loss._gather_kernel, *gather)),
     "attention": ((attention._prefix_kernel, keys, shape),
                   (attention._suffix_kernel, few, {**shape, "BLOCK_M": 16, "BLOCK_N": 16, "HAS_PREFIX": True})),
+    "backward": tuple(
+        (kernel, {x: tiles(1, 1, size.keys, 128) for x in "kv"},
+         {**shape, "BLOCK_M": size.rows, "BLOCK_N": size.keys, "PREFIX": prefix})
+        for kernel, size in ((backward._key_kernel, backward.KEYS), (backward._query_kernel, backward.ROWS))
+        for prefix in (True, False)
+    ),
 }[sys.argv[1]]:
     known = pointers | inputs
     types = {name: "constexpr" if name in constants else known.get(name, "i32") for name in kernel.arg_names}
@@ -102,8 +114,8 @@ def test_kernels_compile_for_hopper_without_a_gpu(tmp_path):
     run = [sys.executable, "-c", COMPILE]
     both = [
         subprocess.Popen([*run, name], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for name in ("loss", "attention")
+        for name in ("loss", "attention", "backward")
     ]
-    for job, kernels in zip(both, (3, 2), strict=True):
+    for job, kernels in zip(both, (3, 2, 4), strict=True):
         said, errors = job.communicate()
         assert job.returncode == 0 and len(said.splitlines()) == kernels, errors
