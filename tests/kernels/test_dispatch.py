@@ -91,8 +91,7 @@ for kernel, inputs, constants in {
     "backward": tuple(
         (kernel, {x: tiles(1, 1, size.keys, 128) for x in "kv"},
          {**shape, "BLOCK_M": size.rows, "BLOCK_N": size.keys, "PREFIX": prefix})
-        for kernel, size in ((backward._key_kernel, backward.KEYS), (backward._query_kernel, backward.ROWS))
-        for prefix in (True, False)
+        for kernel, size, prefix in ((backward._key_kernel, backward.KEYS, True), (backward._query_kernel, backward.ROWS, False))
     ),
 }[sys.argv[1]]:
     known = pointers | inputs
@@ -116,6 +115,6 @@ def test_kernels_compile_for_hopper_without_a_gpu(tmp_path):
         subprocess.Popen([*run, name], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for name in ("loss", "attention", "backward")
     ]
-    for job, kernels in zip(both, (3, 2, 4), strict=True):
+    for job, kernels in zip(both, (3, 2, 2), strict=True):
         said, errors = job.communicate()
         assert job.returncode == 0 and len(said.splitlines()) == kernels, errors
