@@ -68,9 +68,10 @@ def _keys(x, owner, head, n, end, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def _slopes(query, up, lse, delta, keys, values, key, position, real, end, scale, window, WINDOWED: tl.constexpr):
-    """(p, ds) of a tile, float32 [rows, keys], 0 where a row does not see a key."""
-    seen = real[:, None] & (key <= position[:, None]) & (key < end)
+def _slopes(query, up, lse, delta, keys, values, key, position, real, scale, window, WINDOWED: tl.constexpr):
+    """(p, ds) of a tile, float32 [rows, keys], 0 where a row does not see a key. Keys behind a prefix's end count as seen: they
+    are 0 and so add nothing to a row's gradient, and their own is not stored."""
+    seen = real[:, None] & (key <= position[:, None])
     if WINDOWED:
         seen = seen & (key > position[:, None] - window)
     scores = tl.dot(query, keys.to(query.dtype).T, input_precision="ieee")
@@ -102,7 +103,7 @@ def _key_kernel(
         above = _tile(up, place, d, real, HEAD_DIM, BLOCK_D)
         p, ds = _slopes(
             query, above, tl.load(lse + place, mask=real, other=0.0), tl.load(delta + place, mask=real, other=0.0), keys,
-            values, key[None, :], row + end if PREFIX else row, real, end, scale, window, WINDOWED,
+            values, key[None, :], row + end if PREFIX else row, real, scale, window, WINDOWED,
         )  # fmt: skip
         v_sum = tl.dot(p.to(above.dtype).T, above, v_sum, input_precision="ieee")
         k_sum = tl.dot(ds.to(query.dtype).T, query, k_sum, input_precision="ieee")
@@ -138,7 +139,7 @@ def _query_kernel(
         keys, values = _keys(k, owner, head, n, end, BLOCK_N, BLOCK_D), _keys(v, owner, head, n, end, BLOCK_N, BLOCK_D)
         _, ds = _slopes(
             query, above, row_lse, row_delta, keys, values, (n + tl.arange(0, BLOCK_N))[None, :],
-            row + end if PREFIX else row, real, end, scale, window, WINDOWED,
+            row + end if PREFIX else row, real, scale, window, WINDOWED,
         )  # fmt: skip
         sums = tl.dot(ds.to(query.dtype), keys.to(query.dtype), sums, input_precision="ieee")
     place, stored = place[:, None] * HEAD_DIM + d[None, :], (r < total)[:, None] & (d < HEAD_DIM)[None, :]
