@@ -60,6 +60,24 @@ def test_no_time_is_told_of_contestants_that_disagree(capsys, monkeypatch, comma
     assert not cells(capsys.readouterr().out)
 
 
+def test_greedy_tokens_may_part_at_a_tie_alone(random_lm):
+    """Two words as likely as each other, one told instead of the other; and the same with one that is less likely."""
+    prompts = [[5, 6, 7], [8, 9]]
+    likely = random_lm.generate(prompts, 3, temperature=0)
+    ours = [" ".join(map(str, ids)) for ids in random_lm.tokenizer.encode_batch(likely)]
+    assert bench.agree("(a)", random_lm, prompts, ours, ours) == 0
+    others = [ours[0], " ".join([ours[1].split()[0], "3", "4"])]
+    with pytest.raises(SystemExit, match=r"agent 1: ours and \(a\) differ"):
+        bench.agree("(a)", random_lm, prompts, ours, others)
+    with torch.no_grad():  # now all words are as likely as each other
+        kept = random_lm.backbone.lm_head.weight.clone()
+        random_lm.backbone.lm_head.weight.zero_()
+        try:
+            assert bench.agree("(a)", random_lm, prompts, ours, others) == 1
+        finally:
+            random_lm.backbone.lm_head.weight.copy_(kept)
+
+
 @pytest.mark.parametrize("command, library", [("throughput", "transformers"), ("train", "transformers"), ("train", "peft")])
 def test_a_missing_rival_is_one_line(capsys, monkeypatch, command, library):
     monkeypatch.setitem(sys.modules, library, None)
