@@ -310,13 +310,14 @@ def main(arguments: list[str] | None = None) -> None:
     for kernel in (options.kernel,) if options.kernel else ("agent_attention", "ib_loss"):
         for shape in SHAPES[kernel, device]:
             print(f"\n{shape}\n{'':34}{'ms':>9}{'of bound':>10}{'GB/s':>8}{'of copy':>9}{'TFLOP/s':>9}"
-                  f"{'of product':>11}{'peak MB':>9}{'ratio':>7}{'host ms':>9}")  # fmt: skip
+                  f"{'of product':>11}{'peak MB':>9}{'ratio':>7}"
+                  + (f"{'host ms':>9}" if device == "cuda" else ""))  # fmt: skip
             for row in measure(shape, device, dtype, copy, matmul):
                 rows.append(row)
                 print(f"{row['name']:34}{row['milliseconds']:9.3f}{row['of_bound']:10.0%}"
                       f"{row['gigabytes_per_second']:8.1f}{row['of_copy_bandwidth']:9.0%}{row['teraflops']:9.3f}"
                       f"{row['of_matmul_rate']:11.0%}{row['peak_bytes'] / 1e6:9.1f}{row['ratio']:7.2f}"
-                      f"{row['host_milliseconds']:9.3f}")  # fmt: skip
+                      + (f"{row['host_milliseconds']:9.3f}" if device == "cuda" else ""))  # fmt: skip
             print(f"{'bound':34}{rows[-1]['bound_milliseconds']:9.3f}")
     if options.json:
         run = {"machine": where, "torch": torch.__version__, "dtype": str(dtype), "copy_bytes_per_second": copy,
