@@ -4,6 +4,9 @@ Triton runs in tests."""
 import os
 import sys
 
+# Tests are small and start many processes: a second thread would take more time than it saves, and wait for the others' turns.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 
