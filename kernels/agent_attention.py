@@ -30,7 +30,6 @@ from torch import Tensor
 from kernels.dispatch import runs_triton
 
 CELLS = 2**19  # scores held at once by the path that holds them (they should fit in cache), unless a single agent has more
-GPU_CELLS = 2**27  # and on a GPU, where a few large launches are better than many
 UNBOUNDED = 2**62  # and by the one that does not
 FEW = 16  # an agent's query rows for a key head up to which the flash kernel spends more time on each agent than on its rows
 
@@ -274,7 +273,7 @@ def _grouped(q: Tensor, prefix_k: Tensor, prefix_v: Tensor, suffix_k: Tensor, su
     wide = torch.promote_types(q.dtype, torch.float32)
     rows = (q * head_dim**-0.5).reshape(agents, suffix_k.shape[1], -1, head_dim)  # a key head's queries: group * q_len
     done = []
-    for piece in plan.pieces(CELLS if q.device.type == "cpu" else GPU_CELLS):
+    for piece in plan.pieces(CELLS):
         some, worlds, prefix = piece.agents, piece.worlds, piece.prefix
         own = rows[some] @ suffix_k[some].transpose(2, 3)
         if plan.suffix_mask is not None:

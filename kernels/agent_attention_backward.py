@@ -8,8 +8,8 @@ key: the two sides need not know of each other, and one kernel serves both. A pr
 query rows that see it: those of all the world's agents for a prefix, the agent's own for its suffix. A second kernel has a
 block of query rows and goes through the keys: first the prefix's, then, on top of that, the suffix's.
 
-Cost: five products of scores' size where the forward pass has two, as scores are made twice: 20 h d t (P + S) / 2 FLOPs an
-agent and layer, more by two products than the least. Nothing of scores' size is in memory.
+Cost: seven products of scores' size, 2 h d t (P + S) FLOPs each an agent and layer, where the forward pass has two and the least
+is five: both kernels make scores and dout . v for themselves. Nothing of scores' size is in memory.
 """
 
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.agent_attention import Plan
-from kernels.agent_attention_triton import LOG2E, fused_attention, tiles_of
+from kernels.agent_attention_triton import LOG2E, fused_attention, rows_of, tiles_of
 from kernels.dispatch import processors
 
 
@@ -42,17 +42,7 @@ KEYS, ROWS, FULL = Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2), Tiles(32, 32, 4, 2)
 
 
 @triton.jit
-def _rows(table, own, heads, head, r, total, q_len, rows):
-    """Of query rows r, counted from an agent on through those after it: (whether they exist and are no padding, their
-    suffix positions, their places in [agents, kv_heads, rows])."""
-    agent = tl.load(table + 1) + r // rows
-    inside = r < total
-    row = tl.load(own + agent, mask=inside, other=0) - q_len + r % q_len
-    return inside & (row >= 0), row, (agent.to(tl.int64) * heads + head) * rows + r % rows
-
-
-@triton.jit
-def _tile(x, place, d, real, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+def _load(x, place, d, real, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """Rows of x [..., head_dim], 0 where not real."""
     mask = real[:, None]
     if HEAD_DIM < BLOCK_D:
@@ -98,9 +88,9 @@ def _key_kernel(
     k_sum = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     v_sum = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     for start in range(tl.program_id(2) * BLOCK_M, total, tl.num_programs(2) * BLOCK_M):
-        real, row, place = _rows(tiles, own, heads, head, start + tl.arange(0, BLOCK_M), total, q_len, rows)
-        query = _tile(q, place, d, real, HEAD_DIM, BLOCK_D)
-        above = _tile(up, place, d, real, HEAD_DIM, BLOCK_D)
+        real, row, place = rows_of(tiles, own, heads, head, start + tl.arange(0, BLOCK_M), total, q_len, rows)
+        query = _load(q, place, d, real, HEAD_DIM, BLOCK_D)
+        above = _load(up, place, d, real, HEAD_DIM, BLOCK_D)
         p, ds = _slopes(
             query, above, tl.load(lse + place, mask=real, other=0.0), tl.load(delta + place, mask=real, other=0.0), keys,
             values, key[None, :], row + end if PREFIX else row, real, scale, window, WINDOWED,
@@ -126,15 +116,15 @@ def _query_kernel(
     head, heads = tl.program_id(1), tl.num_programs(1)
     owner, total = tl.load(blocks), tl.load(blocks + 2)
     end, r = tl.load((lengths if PREFIX else own) + owner), tl.load(blocks + 3) + tl.arange(0, BLOCK_M)
-    real, row, place = _rows(blocks, own, heads, head, r, total, q_len, rows)
+    real, row, place = rows_of(blocks, own, heads, head, r, total, q_len, rows)
     d = tl.arange(0, BLOCK_D)
-    query = _tile(q, place, d, real, HEAD_DIM, BLOCK_D)
-    above = _tile(up, place, d, real, HEAD_DIM, BLOCK_D)
+    query = _load(q, place, d, real, HEAD_DIM, BLOCK_D)
+    above = _load(up, place, d, real, HEAD_DIM, BLOCK_D)
     row_lse, row_delta = tl.load(lse + place, mask=real, other=0.0), tl.load(delta + place, mask=real, other=0.0)
     if PREFIX:
         sums = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     else:
-        sums = _tile(state, place, d, real, HEAD_DIM, BLOCK_D)
+        sums = _load(state, place, d, real, HEAD_DIM, BLOCK_D)
     for n in range(0, end, BLOCK_N):
         keys, values = _keys(k, owner, head, n, end, BLOCK_N, BLOCK_D), _keys(v, owner, head, n, end, BLOCK_N, BLOCK_D)
         _, ds = _slopes(

@@ -52,6 +52,16 @@ def _walk(
 
 
 @triton.jit
+def rows_of(table, own, heads, head, r, total, q_len, rows):
+    """Of query rows r, counted from an agent on through those after it: (whether they exist and are no padding, their
+    suffix positions, their places in [agents, kv_heads, rows])."""
+    agent = tl.load(table + 1) + r // rows
+    inside = r < total
+    row = tl.load(own + agent, mask=inside, other=0) - q_len + r % q_len
+    return inside & (row >= 0), row, (agent.to(tl.int64) * heads + head) * rows + r % rows
+
+
+@triton.jit
 def _prefix_kernel(
     q, k, v, lengths, own, blocks, state, state_lse, scale, window, q_len, rows,
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -61,14 +71,9 @@ def _prefix_kernel(
     prefix's values, and the log-sum-exp of its scores (base 2). rows = group * q_len query rows an agent and key head."""
     blocks += tl.program_id(0) * 4
     head, heads = tl.program_id(1), tl.num_programs(1)
-    world, first = tl.load(blocks), tl.load(blocks + 1)
-    r = tl.load(blocks + 3) + tl.arange(0, BLOCK_M)  # counted through the world's agents
-    real = r < tl.load(blocks + 2)
-    agent = first + r // rows
+    world, total, r = tl.load(blocks), tl.load(blocks + 2), tl.load(blocks + 3) + tl.arange(0, BLOCK_M)
+    real, row, place = rows_of(blocks, own, heads, head, r, total, q_len, rows)
     length = tl.load(lengths + world)
-    row = tl.load(own + agent, mask=real, other=0) - q_len + r % q_len
-    real = real & (row >= 0)
-    place = (agent.to(tl.int64) * heads + head) * rows + r % rows
     d = tl.arange(0, BLOCK_D)
     inside = real[:, None] & (d[None, :] < HEAD_DIM)
     query = tl.load(q + place[:, None] * HEAD_DIM + d[None, :], mask=inside, other=0.0)

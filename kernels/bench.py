@@ -84,8 +84,8 @@ class Attention:
                 q, keys, values, attn_mask=mask, enable_gqa=True
             ),
         }
-        inputs = dict.fromkeys(calls, [q, prefix_k, prefix_v, suffix_k, suffix_v])
-        inputs["SDPA, prefix repeated"] = [q, keys, values]  # that its gradients of copies are not yet added up is untimed too
+        # That SDPA's gradients of copies are not added up yet is untimed, as the copying was.
+        inputs = {"agent_attention": [q, prefix_k, prefix_v, suffix_k, suffix_v], "SDPA, prefix repeated": [q, keys, values]}
         if compiles(device):
             name = "FlexAttention, one row a world"
             calls[name], inputs[name] = self._flex(q, prefix_k, prefix_v, suffix_k, suffix_v)

@@ -151,9 +151,11 @@ def _gather_kernel(
     tl.store(place, tl.load(place, mask=stored, other=0.0) + total, mask=stored)
 
 
-def _stages(x: Tensor, numbers: int) -> int:
-    """How many stages of a loop's loads, `numbers` of x's numbers each, shared memory holds; four are enough."""
-    return max(1, min(4, (shared_memory(x.device) - 1024) // (numbers * x.element_size())))
+def _options(x: Tensor, tiles: Tiles, rows: int) -> dict[str, int]:
+    """Warps, and as many stages of a loop's loads, `rows` rows of tiles.dims numbers each, as shared memory holds; four are
+    enough."""
+    stages = (shared_memory(x.device) - 1024) // (rows * tiles.dims * x.element_size())
+    return {"num_warps": tiles.num_warps, "num_stages": max(1, min(4, stages))}
 
 
 def _read(tiles: Tiles, hidden: Tensor, prior: Tensor, weight: Tensor) -> tuple[TensorDescriptor, ...]:
@@ -190,7 +192,7 @@ class Fused(torch.autograd.Function):
         if tokens:
             _terms_kernel[blocks, out.shape[1]](
                 *_read(tiles, hidden, prior, weight), targets, out, tokens, vocab, dim, each, *tiles[:3],
-                num_warps=tiles.num_warps, num_stages=_stages(hidden, (2 * tiles.tokens + tiles.words) * tiles.dims),
+                **_options(hidden, tiles, 2 * tiles.tokens + tiles.words),
             )  # fmt: skip
         # Join the shares. Maxima stay apart from log-sum-exps, so that a constant in the logits costs no precision. The KL
         # obeys the chain rule of relative entropy: each share's own, and that between the shares' probabilities.
@@ -210,27 +212,27 @@ class Fused(torch.autograd.Function):
     def backward(ctx: Any, log_prob: Tensor, _: Tensor, kl: Tensor) -> tuple[Tensor | None, ...]:
         hidden, prior, weight, targets, stats = ctx.saved_tensors
         (tokens, dim), vocab = hidden.shape, weight.shape[0]
+        if not tokens:
+            return hidden.new_zeros(0, ctx.dim, dtype=ctx.dtype), None, None, None, None
         tiles = FULL if hidden.dtype == torch.float32 else HALF
         # Slopes are computed for upstream gradients of about 1, as float16 has no room for those of a mean over tokens.
         scale = (log_prob.abs() + kl.abs()).clamp_min(torch.finfo(torch.float32).tiny)
         stats = torch.cat((stats, (log_prob / scale)[None], (kl / scale)[None]))
         gradient = hidden.new_zeros(tokens, dim, dtype=torch.float32)
-        most = max(1, BUFFER // (max(1, tokens) * hidden.element_size() * tiles.words)) * tiles.words
+        most = max(1, BUFFER // (tokens * hidden.element_size() * tiles.words)) * tiles.words
         most = min(most, triton.cdiv(vocab, tiles.words) * tiles.words)
         slope = hidden.new_empty(tokens, most)
-        blocks, inputs = triton.cdiv(tokens, tiles.tokens), ()
-        if tokens:
-            inputs = _read(tiles, hidden, prior, weight)
-            head = TensorDescriptor.from_tensor(weight, [tiles.dims, tiles.words])
-        for first in range(0, vocab if tokens else 0, most):
+        blocks, inputs = triton.cdiv(tokens, tiles.tokens), _read(tiles, hidden, prior, weight)
+        head = TensorDescriptor.from_tensor(weight, [tiles.dims, tiles.words])
+        for first in range(0, vocab, most):
             size = min(most, vocab - first)
             _slope_kernel[blocks, triton.cdiv(size, tiles.words)](
                 *inputs, targets, stats, slope, most, tokens, dim, first, size, *tiles[:3],
-                num_warps=tiles.num_warps, num_stages=_stages(hidden, (2 * tiles.tokens + tiles.words) * tiles.dims),
+                **_options(hidden, tiles, 2 * tiles.tokens + tiles.words),
             )  # fmt: skip
             made = TensorDescriptor(slope, [tokens, size], [most, 1], [tiles.tokens, tiles.dims])
             _gather_kernel[blocks, triton.cdiv(dim, tiles.words)](
                 made, head, gradient, tokens, dim, first, size, tiles.tokens, tiles.dims, tiles.words,
-                num_warps=tiles.num_warps, num_stages=_stages(hidden, (tiles.tokens + tiles.words) * tiles.dims),
+                **_options(hidden, tiles, tiles.tokens + tiles.words),
             )  # fmt: skip
         return gradient.mul_(scale[:, None])[:, : ctx.dim].to(ctx.dtype), None, None, None, None
