@@ -71,7 +71,7 @@ class Shape:
 
 
 SHAPES = {
-    "tiny": Shape(dim=192, layers=6, heads=6, kv_heads=2, intermediate=512, vocab=2304),
+    "tiny": Shape(dim=192, layers=6, heads=6, kv_heads=2, intermediate=512, vocab=2944),
     "small": Shape(dim=256, layers=6, heads=8, kv_heads=2, intermediate=768, vocab=8192),
 }
 
@@ -314,7 +314,7 @@ def corpora(events: Sequence[Event] | None, batch: int) -> tuple[Corpus, list[Pa
     """
     annotate = RuleAnnotator()
     if events is None:
-        mixture = Mixture(summaries=0.4, shuffled=0.2)
+        mixture = Mixture(summaries=0.5, shuffled=0.2)
         corpus = Corpus(agora.SPLITS["pretrain"], annotate, batch, mixture, lambda i: agora.event("pretrain", i))
         return corpus, [Past(agora.event("train", i), annotate, batch) for i in range(HELD_OUT)]
     chosen, kept = pretraining_part(events)

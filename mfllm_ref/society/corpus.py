@@ -13,7 +13,7 @@ from mfllm_ref.society import prompts
 from mfllm_ref.society.events import DIMENSIONS, Event, action_ids, hashed
 from mfllm_ref.society.prompts import Signal
 from mfllm_ref.society.rollout import Annotator
-from mfllm_ref.society.signals import RECENT, History, Seen, Shares, imagined, parse, verbalise
+from mfllm_ref.society.signals import RECENT, History, Seen, Shares, imagined, parse, shares, verbalise
 
 KINDS = ("none", "recent", "popular", "empirical")
 LOST = 0.1  # how often a dimension is missing in a summary that another one is to follow from: see Past.mean_field
@@ -131,6 +131,18 @@ class Past:
         branches = tuple((prompts.mean_field_private(language, before), after) for before, after in told)
         return Document(self._newest(step), branches)
 
+    def counted(self, step: int, count: int, rng: np.random.Generator) -> Document:
+        """`count` first summaries, of populations of which only a few have acted: from one to half a step of real actions in a
+        row, the fewer the likelier. Of one post a summary tells the labels, which are hard to make out in the shares of ten."""
+        language, branches = self.event.language, []
+        for _ in range(count):
+            few = 1 + int(self.batch / 2 * rng.random() ** 2)
+            start = int(rng.integers(max(1, len(self.seen) - few)))
+            actions = self.seen[start : start + few]
+            private = self._listed(actions, len(actions)) + prompts.mean_field_private(language, "")
+            branches.append((private, verbalise(shares([seen.labels for seen in actions]), language)))
+        return Document(prompts.mean_field_context(language, self.event.topic, self.posts(step)), tuple(branches))
+
     def follows(self, step: int, before: str) -> Shares:
         """The exact shares after `step`, were those that the summary `before` states the shares before it."""
         history = History(self.batch)
@@ -139,11 +151,15 @@ class Past:
         return history.population()
 
     def _newest(self, step: int) -> str:
-        """What the mean-field model is told behind `step`, but for the summary before; the actions in canonical order."""
+        """What the mean-field model is told behind `step`, but for the summary before."""
         event, actions = self.event, self.actions(step)
+        context = prompts.mean_field_context(event.language, event.topic, self.posts(step))
+        return context + self._listed(actions, step * self.batch + len(actions))
+
+    def _listed(self, actions: Sequence[Seen], acted: int) -> str:
+        """The newest actions in canonical order, of a population of which `acted` have acted."""
         listed = [(a.profile, a.text) for a in sorted(actions, key=lambda a: (a.text, a.id))]
-        acted = step * self.batch + len(actions)
-        return prompts.mean_field_shared(event.language, event.topic, self.posts(step), listed, acted)
+        return prompts.mean_field_newest(self.event.language, listed, acted)
 
     def summarise(self, step: int, previous: str) -> str:
         """The prompt of mu(m_{step+1} | c, X) behind the real actions of `step` and m_step."""
@@ -160,6 +176,8 @@ class Mixture:
     shuffled: float = 0.0  # of the policy documents: the signal is another event's
     reweighted: float = 0.4  # of the policy documents with a signal: see Past.reweighted
     width: int = 32  # actions a policy document, as far as they fit in its row
+    counted: float = 0.25  # of the other summaries: see Past.counted
+    few: int = 8  # populations of a counted document, as far as they fit in its row
     others: int = 4  # imagined summaries before, beside the real one, of a summary document, as far as they fit in its row
 
 
@@ -187,6 +205,8 @@ class Corpus:
             step = int(past.steps * rng.random() ** 2)
             if rng.random() < mixture.prior:
                 return "mean-field", past.prior(int(rng.integers(past.steps)))
+            if rng.random() < mixture.counted:
+                return "mean-field", past.counted(step, mixture.few, rng)
             return "mean-field", past.mean_field(step, mixture.others, rng)
         step = int(rng.integers(past.steps))
         kind = KINDS[int(rng.choice(len(KINDS), p=mixture.signals))]

@@ -111,16 +111,19 @@ def policy_private(language: str, profile: str) -> str:
     return (f"{wording.user}{profile}\n" if profile else "") + wording.action + "\n"
 
 
-def mean_field_shared(
-    language: str, topic: str, posts: Sequence[str], actions: Sequence[tuple[str, str]], acted: int
-) -> str:
-    """What a step tells the mean-field model, whatever the summary before it: `actions` are (profile, text) in canonical order.
+def mean_field_context(language: str, topic: str, posts: Sequence[str]) -> str:
+    """The instruction to the mean-field model, topic c and public posts. Ends with a newline."""
+    wording = WORDING[language]
+    return "\n".join([wording.mean_field, *_context(wording, topic, posts)]) + "\n"
+
+
+def mean_field_newest(language: str, actions: Sequence[tuple[str, str]], acted: int) -> str:
+    """The newest `actions`, (profile, text) each in canonical order.
 
     acted: how many have acted by then. It says what the newest are worth beside the summary before, which speaks for all others.
     """
     wording = WORDING[language]
-    lines = [wording.mean_field, *_context(wording, topic, posts)]
-    lines.append(wording.newest.format(acted if acted < MANY else f"{MANY}+"))
+    lines = [wording.newest.format(acted if acted < MANY else f"{MANY}+")]
     for profile, text in actions:
         profile = one_line(profile, PROFILE_CHARS)
         lines.append("- " + (profile + ": " if profile else "") + _listed(text, wording))
@@ -136,8 +139,9 @@ def mean_field_private(language: str, previous: str) -> str:
 def mean_field_prompt(
     language: str, topic: str, posts: Sequence[str], previous: str, actions: Sequence[tuple[str, str]], acted: int
 ) -> str:
-    """The prompt of mu(m_t | c, X_t), X_t = (m_{t-1}, s_{t-1}, a_{t-1}): `mean_field_shared`, then `mean_field_private`."""
-    return mean_field_shared(language, topic, posts, actions, acted) + mean_field_private(language, previous)
+    """The prompt of mu(m_t | c, X_t), X_t = (m_{t-1}, s_{t-1}, a_{t-1}): context, newest actions, summary before."""
+    context, newest = mean_field_context(language, topic, posts), mean_field_newest(language, actions, acted)
+    return context + newest + mean_field_private(language, previous)
 
 
 def prior_prompt(language: str) -> str:

@@ -1,6 +1,6 @@
 """The response curve: what share of agents acts as the signal says the population does.
 
-A policy that reads its signal follows it; one that shrinks it (says 20% when told 5%, 50% when told 95%) cannot reproduce a
+A policy that reads its signal follows it; one that shrinks it (says 20% when told 4%, 50% when told 96%) cannot reproduce a
 population that tips. The curve costs seconds and is the diagnostic to watch while training.
 """
 
@@ -17,7 +17,7 @@ from mfllm_ref.society.prompts import Signal
 from mfllm_ref.society.rollout import Annotator
 from mfllm_ref.society.signals import Shares, verbalise
 
-LEVELS = (0.05, 0.2, 0.4, 0.6, 0.8, 0.95)
+LEVELS = (0.04, 0.2, 0.4, 0.6, 0.8, 0.96)
 WATCHED = {
     "rumor": "counter", "sentiment_state": "angry", "sentiment_tendency": "negative", "behavior_type": "share",
     "stance": "oppose", "belief_degree": "doubt", "subjectivity": "subjective", "intent": "question",

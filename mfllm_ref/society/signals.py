@@ -19,10 +19,10 @@ from mfllm_ref.society.prompts import Signal
 
 HALF_LIFE = 60  # actions: after so many newer ones an action counts half in the empirical shares
 RECENT, POPULAR, POPULAR_WINDOW = 5, 5, 30
-# Percent: shares are told in multiples of it, as people would. With so few values a label and its share can be one token, so
-# that a small model compares neighbouring values instead of adding digits. Told exact shares again after every step, a model
-# that wrote single percents was wrong by 4.5 of them, where a step of ten agents moves a share by 1.8.
-GRID = 5
+# Percent: shares are told in multiples of it. With so few values a label and its share can be one token, so that a small model
+# compares neighbouring values instead of adding digits: with single percents, digits apart, one was wrong by 4.5 points, where
+# a step of ten agents moves a share by 1.8. With multiples of 5 rounding alone cost 1.8 points a step.
+GRID = 2
 
 Shares = dict[str, np.ndarray]  # dimension -> shares in the order of DIMENSIONS, summing to 1
 

@@ -41,6 +41,22 @@ def test_summaries_state_the_counts(past):
         np.testing.assert_allclose(stated[dimension], p, atol=0.01)
 
 
+def test_counted_summaries_tell_of_the_few_posts_listed(past):
+    """Their prompts are those of a first step with so few agents, and what they state is those agents' labels."""
+    document, sizes = past.counted(6, 40, np.random.default_rng(0)), []
+    for private, target in document.branches:
+        head, *listed = private.removesuffix("Summary:\n").splitlines()
+        actions = [tuple(line.removeprefix("- ").split(": ", 1)) for line in listed]
+        sizes.append(len(actions))
+        assert head == prompts.WORDING["en"].newest.format(sizes[-1])
+        assert document.prefix + private == prompts.mean_field_prompt(
+            "en", past.event.topic, past.posts(6), "", sorted(actions, key=lambda action: action[1]), sizes[-1]
+        )
+        stated, counted = parse(target, "en"), shares(ANNOTATE([text for _, text in actions], "en"))
+        assert all(np.abs(stated[d] - counted[d]).max() < GRID / 100 for d in DIMENSIONS)
+    assert {*sizes} == {1, 2, 3, 4, 5} and sizes.count(1) > 40 / 4
+
+
 def test_a_prior_document_has_neither_topic_nor_history(past):
     assert past.prior(4).prefix == prompts.prior_prompt("en")
 
@@ -93,7 +109,7 @@ def test_a_reweighted_document_tells_of_the_population_it_shows(past):
 
 
 def test_draws_are_a_pure_function_of_the_generator_and_follow_the_mixture():
-    mixture = Mixture(summaries=0.5, prior=0.5, signals=(0.0, 0.5, 0.0, 0.5), shuffled=0.5, reweighted=0.2)
+    mixture = Mixture(summaries=0.5, prior=0.5, counted=0.5, signals=(0.0, 0.5, 0.0, 0.5), shuffled=0.5, reweighted=0.2)
     draws = []
     for _ in range(2):
         corpus = Corpus(8, ANNOTATE, 10, mixture, lambda i: agora.event("pretrain", i))
@@ -105,6 +121,9 @@ def test_draws_are_a_pure_function_of_the_generator_and_follow_the_mixture():
     assert 0.4 < sorts.count("mean-field") / 300 < 0.6
     priors = sum(document.prefix == prompts.prior_prompt("en") for _, document in draws[0])
     assert 0.3 < priors / sorts.count("mean-field") < 0.7
+    newest = prompts.WORDING["en"].newest.split("{}")[0]  # where it is a branch's own, a document counts
+    counted = sum(document.branches[0][0].startswith(newest) for _, document in draws[0])
+    assert 0.3 < counted / (sorts.count("mean-field") - priors) < 0.7
 
 
 def test_the_pretraining_part_is_chosen_by_id_alone():
