@@ -52,8 +52,7 @@ def parser() -> doors.Parser:
     model.add_argument("--policy-adapter", type=Path, metavar="DIR", help="use this as the policy's adapter")
     model.add_argument("--mean-field-adapter", type=Path, metavar="DIR", help="use this as the mean field's adapter")
     model.add_argument("--chat", action="store_true", help="put prompts into the checkpoint's chat template")
-    model.add_argument("--summary-tokens", type=doors.positive, default=120, metavar="N", help="longest summary of the "
-                       "population (default: 120)")  # fmt: skip
+    doors.add_summaries(model)
     model.add_argument("--action-tokens", type=doors.positive, default=48, metavar="N", help="longest action (default: "
                        "48)")  # fmt: skip
     model.add_argument("--annotator", choices=("rules", "lm"), default="rules", help="what labels texts: word "
@@ -88,7 +87,7 @@ def main() -> None:
     events = simulation.choose_events(args.data, args.split, args.event, args.events)
     tokens = (args.action_tokens, args.summary_tokens)
     agents = args.agents or (simulation.BUILT_IN_AGENTS if args.data is None else None)
-    settings = Settings(agents, args.batch, args.warmup, args.seed, *tokens, args.chat)
+    settings = Settings(agents, args.batch, args.warmup, args.seed, *tokens, args.chat, args.summary_top_p)
     for event in events:
         horizon(event, settings)  # refuses a warm-up that leaves nothing to simulate
     intervention = simulation.read_intervention(args.intervene, events, settings) if args.intervene else None

@@ -70,7 +70,7 @@ def parser() -> doors.Parser:
     tune.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient (default: 1)")
     tune.add_argument("--repetition-penalty", type=float, default=0.0, metavar="X", help="off the reward for each repeated "
                       "token of a summary (default: 0)")  # fmt: skip
-    tune.add_argument("--summary-tokens", type=doors.positive, default=120, metavar="N", help="longest summary (default: 120)")
+    doors.add_summaries(tune)
     make = out.add_argument_group("pretraining")
     make.add_argument("--model-type", choices=("qwen2", "qwen3", "llama", "mistral"), default="qwen2",
                       help="family (default: qwen2); a mistral has a sliding window of 256 tokens")  # fmt: skip
@@ -130,7 +130,7 @@ def tuning(args: argparse.Namespace, data: Path | None, out: Path, common: dict)
     steps = tuple(args.steps * 2)[:2] or (60, 180)
     settings = ib_tune.Settings(
         steps[1], args.rows or 8, args.micro, args.lr, args.samples, args.beta[0],
-        args.repetition_penalty, args.summary_tokens, args.clip, args.seed,
+        args.repetition_penalty, args.summary_tokens, args.summary_top_p, args.clip, args.seed,
         mixed=args.dtype == "auto" and device.type == "cpu" and doors.fast_bfloat16(),
     )  # fmt: skip
     for beta in args.beta:
@@ -186,7 +186,8 @@ def tuning(args: argparse.Namespace, data: Path | None, out: Path, common: dict)
             print(report.slope_table(result["response"]))
         if {job.name for job in todo} >= {"mean-field", "policy"}:
             # short, as the default has ten minutes in all
-            plan = rollout.Settings(150, args.batch, 50, args.seed, summary_tokens=args.summary_tokens)
+            plan = rollout.Settings(150, args.batch, 50, args.seed, summary_tokens=args.summary_tokens,
+                                    summary_top_p=args.summary_top_p)  # fmt: skip
             measured = tuning.compare(lm, dev, annotate, ("state", "persistence", "mf-llm-no-ib", "mf-llm"), plan)
             if measured:
                 print(report.table(measured))

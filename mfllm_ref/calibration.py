@@ -23,6 +23,7 @@ from mfllm_ref.society.agora_ceiling import RIVALS
 from mfllm_ref.society.annotate import RuleAnnotator
 from mfllm_ref.society.corpus import Past
 from mfllm_ref.society.events import DIMENSIONS, Event, hashed
+from mfllm_ref.society.prompts import SUMMARY_TOP_P
 from mfllm_ref.society.readers import load_events
 from mfllm_ref.society.rollout import Annotator
 from mfllm_ref.society.signals import HALF_LIFE, parse, verbalise
@@ -118,7 +119,8 @@ def agreement(events: Iterable[Event], annotator: Annotator) -> dict[str, dict[s
 
 
 def summary_errors(
-    lm: LanguageModel, pasts: Sequence[Past], adapter: str | None = None, seed: int = 0, tokens: int = 120
+    lm: LanguageModel, pasts: Sequence[Past], adapter: str | None = None, seed: int = 0, tokens: int = 120,
+    top_p: float = SUMMARY_TOP_P,
 ) -> dict[str, dict[str, float]]:  # fmt: skip
     """How well one summary is sampled for every step of `pasts`, each told the exact shares before it in words.
 
@@ -133,7 +135,7 @@ def summary_errors(
         prompts = [past.summarise(step, past.population[step]) for step in steps]
         seeds = [hashed("summaries", seed, past.event.id, step) for step in steps]
         with lm.adapter(adapter):
-            written = lm.generate(prompts, tokens, seeds=seeds, stop=("\n",), worlds=steps)
+            written = lm.generate(prompts, tokens, top_p=top_p, seeds=seeds, stop=("\n",), worlds=steps)
         for step, text in enumerate(written):
             exact = past.follows(step, past.population[step])
             words = verbalise(exact, language, np.random.default_rng(seeds[step]))
@@ -171,6 +173,7 @@ def main() -> None:
     written.add_argument("--adapter", type=Path, metavar="DIR", help="a tuned mean-field model's (default: none)")
     written.add_argument("--split", choices=list(agora.SPLITS), default="dev")
     written.add_argument("--events", type=positive, metavar="N", help="the split's first N (default: all)")
+    doors.add_summaries(written)
     doors.add_machine(written)
     args = parser.parse_args()
     if args.command == "summaries":
@@ -181,7 +184,8 @@ def main() -> None:
             lm.load_adapter("mean-field", args.adapter)
         count = args.events or agora.SPLITS[args.split]
         pasts = [Past(agora.event(args.split, index), RuleAnnotator(), batch=10) for index in range(count)]
-        table = summary_errors(lm, pasts, "mean-field" if args.adapter else None, args.seed)
+        adapter, tokens = "mean-field" if args.adapter else None, args.summary_tokens
+        table = summary_errors(lm, pasts, adapter, args.seed, tokens, args.summary_top_p)
         rows = [[name, f"{row['error']:.2f}", f"{row['grid']:.2f}", f"{100 * row['lost']:.1f}%"] for name, row in table.items()]
         print(report.markdown([["steps", "error, points", "the grid alone", "lack a dimension"], *rows]))
         return

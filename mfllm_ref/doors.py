@@ -11,6 +11,7 @@ from typing import NoReturn
 
 from mfllm_ref import ranks
 from mfllm_ref.errors import InputError, Notice
+from mfllm_ref.society.prompts import SUMMARY_TOP_P
 
 CHECKPOINTS = Path(__file__).resolve().parents[1] / "checkpoints"  # what runs use by default: tiny/ and tiny-adapters/
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
@@ -55,6 +56,21 @@ def whole(least: int, most: int) -> Callable[[str], int]:
 
 
 natural, positive = whole(0, 2**62), whole(1, 2**62)
+
+
+def share(text: str) -> float:
+    """An argparse type: a number above 0, at most 1."""
+    if not 0 < (value := float(text)) <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
+    return value
+
+
+def add_summaries(parser: argparse._ActionsContainer) -> None:
+    """How summaries of the population are written, to both doors alike."""
+    parser.add_argument("--summary-tokens", type=positive, default=120, metavar="N", help="longest summary of the population "
+                        "(default: 120)")  # fmt: skip
+    parser.add_argument("--summary-top-p", type=share, default=SUMMARY_TOP_P, metavar="P", help="draw a summary's tokens "
+                        f"from the likeliest that have this probability (default: {SUMMARY_TOP_P}; 1: from all)")  # fmt: skip
 
 
 def threads(args: argparse.Namespace) -> int:

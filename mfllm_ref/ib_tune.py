@@ -48,6 +48,7 @@ class Settings:
     beta: float = 1.0
     repetition_penalty: float = 0.0  # taken off the reward for each token that the summary has had before
     summary_tokens: int = 120
+    summary_top_p: float = prompts.SUMMARY_TOP_P  # of summaries that a policy reads; a gradient's are drawn from all tokens
     clip: float = 1.0
     seed: int = 0
     mixed: bool = False  # gradients by products in bfloat16 of float32 weights
@@ -221,7 +222,9 @@ def summaries(
         told = [pasts[i].summarise(step - 1, out[i][-1]) for i in going]
         seeds = [hashed("ib-tune", settings.seed, "summaries", pasts[i].event.id, step) for i in going]
         with lm.adapter(adapter):
-            written = lm.generate(told, settings.summary_tokens, seeds=seeds, stop=("\n",), worlds=going)
+            written = lm.generate(
+                told, settings.summary_tokens, top_p=settings.summary_top_p, seeds=seeds, stop=("\n",), worlds=going
+            )
         for i, text in zip(going, written, strict=True):
             out[i].append(as_summary(text))
     return out

@@ -72,6 +72,7 @@ class Settings:
     action_tokens: int = 48
     summary_tokens: int = 120
     chat: bool = False
+    summary_top_p: float = prompts.SUMMARY_TOP_P
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,7 +254,7 @@ def _update_mean_fields(
         asked.append((prompt, seed, states[k].world.method.mean_field))
     # Equal questions are asked once: pasts are equal through the warm-up, and those of many twins for ever.
     texts, seeds, adapters = zip(*(once := dict.fromkeys(asked)), strict=True)
-    options = {"seeds": seeds, "stop": ("\n",), "worlds": range(len(once)), "adapters": adapters}
+    options = {"seeds": seeds, "stop": ("\n",), "worlds": range(len(once)), "adapters": adapters, "top_p": settings.summary_top_p}
     written = dict(zip(once, lm.generate(texts, settings.summary_tokens, **options), strict=True))
     for k, question in zip(chosen, asked, strict=True):
         states[k].mean_field = " ".join(written[question].split())
