@@ -204,6 +204,8 @@ def test_the_summaries_command_reads_a_backbone_and_an_adapter(command, tmp_path
     assert code == 0 and [row.split("|")[1].strip() for row in bare.splitlines()[2:]] == ["warm-up", "rollout", "all"]
     code, tuned, _ = command(*arguments, "--adapter", calibration.TINY.parent / "tiny-adapters" / "mean-field")
     assert code == 0 and tuned != bare
+    assert command(*arguments, "--summary-top-p", 0.01)[1] != bare
+    assert command(*arguments, "--summary-top-p", 1.01)[0] == 2
     code, _, error = command(*arguments, "--adapter", tmp_path / "absent")
     assert code == 2 and error.count("\n") == 1 and "absent" in error
 

@@ -260,6 +260,22 @@ def test_chains_go_on_with_sample_one_and_can_be_put_down_and_taken_up(pasts):
     assert all(1 <= chain.step < pasts[chain.past].steps for chain in chains.chains)
 
 
+def test_a_policy_reads_summaries_of_likely_tokens_and_a_gradient_those_of_all(tuned, pasts, monkeypatch):
+    """`summaries` are those of a rollout; `draw` samples mu itself, as its gradient's expectation is over mu."""
+    read = ib_tune.summaries(tuned, pasts[:1], "mean-field", replace(SMALL, summary_top_p=1e-9), until=2)
+    (greedy,) = tuned_to_end(tuned, pasts[0].summarise(0, ""))
+    assert read[0][1] == ib_tune.as_summary(greedy) != ib_tune.summaries(tuned, pasts[:1], "mean-field", SMALL, until=2)[0][1]
+    chains = [ib_tune.begun(pasts, 0, 1)]
+    assert len({
+        str(ib_tune.draw(tuned, pasts, chains, 2, replace(SMALL, summary_top_p=p), 0, "mean-field", None).ids) for p in (0.1, 1.0)
+    }) == 1  # fmt: skip
+
+
+def tuned_to_end(lm, prompt):
+    with lm.adapter("mean-field"):
+        return lm.generate([prompt], SMALL.summary_tokens, temperature=0, stop=("\n",))
+
+
 def test_the_policy_stage_learns(tuned, pasts):
     """A few updates on one batch raise the likelihood of its actions; the backbone does not move."""
     settings = Settings(steps=8, lr=2e-2, rows=3)

@@ -217,6 +217,8 @@ BAD = {
     "no chat template": (["--chat"], "chat"),
     "not a number": (["--agents", "many"], "--agents"),
     "zero": (["--batch", "0"], "--batch"),
+    "summaries of no token at all": (["--summary-top-p", "0"], "--summary-top-p"),
+    "more than everything": (["--summary-top-p", "nan"], "--summary-top-p"),
     "unknown option": (["--nonsense"], "--nonsense"),
     "resume without a place": (["--resume"], "--out"),
     "no cuda": (["--device", "cuda"], "cuda"),

@@ -176,6 +176,20 @@ def test_twins_score_the_real_actions_given_the_real_past(random_lm, event, resu
     )
 
 
+def test_summaries_are_drawn_from_their_likeliest_tokens_and_actions_from_all(random_lm, event, monkeypatch):
+    drawn, generate = [], type(random_lm).generate
+
+    def recorded(lm, texts, tokens, **options):
+        drawn.append((tokens, options.get("top_p", 1)))
+        return generate(lm, texts, tokens, **options)
+
+    monkeypatch.setattr(type(random_lm), "generate", recorded)
+    for settings, p in ((SETTINGS, prompts.SUMMARY_TOP_P), (replace(SETTINGS, summary_top_p=0.3), 0.3)):
+        drawn.clear()
+        run(random_lm, worlds(event, methods=[METHODS["mf-llm-no-ib"]]), settings)
+        assert set(drawn) == {(SETTINGS.summary_tokens, p), (SETTINGS.action_tokens, 1)}
+
+
 def test_mean_fields_with_equal_pasts_are_written_once(random_lm, event, monkeypatch):
     asked: list[list[str]] = []
     generate = type(random_lm).generate
