@@ -74,7 +74,7 @@ def parser() -> doors.Parser:
     make = out.add_argument_group("pretraining")
     make.add_argument("--model-type", choices=("qwen2", "qwen3", "llama", "mistral"), default="qwen2",
                       help="family (default: qwen2); a mistral has a sliding window of 256 tokens")  # fmt: skip
-    make.add_argument("--shape", choices=("tiny", "small"), help="size: tiny 2.8 M parameters, small 6.6 M "
+    make.add_argument("--shape", choices=("tiny", "small"), help="size: tiny 2.9 M parameters, small 6.6 M "
                       "(default: tiny for the built-in world, small for --data)")  # fmt: skip
     doors.add_common(out)
     return out

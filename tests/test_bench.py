@@ -28,7 +28,7 @@ def cells(text):
 def test_throughput(capsys, agents, dtype):
     assert bench.main(["throughput", "--agents", agents, "--dtype", dtype, *TINY]) == 0
     out = capsys.readouterr().out
-    assert out.startswith("greedy tokens agree in float32; tiny (2.8 M parameters), " + dtype)
+    assert out.startswith("greedy tokens agree in float32; tiny (2.9 M parameters), " + dtype)
     rows = [[float(cell) for cell in row] for row in cells(out)]
     assert [int(row[0]) for row in rows] == [int(n) for n in agents.split(",")]
     for _, ours, padded, reuse, over_padded, over_reuse, *_ in rows:
