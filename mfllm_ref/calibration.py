@@ -29,7 +29,7 @@ from mfllm_ref.society.rollout import Annotator
 from mfllm_ref.society.signals import HALF_LIFE, parse, verbalise
 
 TINY = doors.CHECKPOINTS / "tiny"
-FOLLOWED = [(0.0, HALF_LIFE), *((slope, memory) for memory in (HALF_LIFE, math.inf) for slope in (0.5, 0.8, 1.0))]
+FOLLOWED = [(0.0, HALF_LIFE), *((slope, memory) for memory in (HALF_LIFE, math.inf, None) for slope in (0.5, 0.8, 1.0))]
 
 
 def ceiling(
@@ -50,21 +50,24 @@ def ceiling(
 
 
 def follow(
-    codes: np.ndarray, usual: np.ndarray, slope: float, memory: float, rng: np.random.Generator, batch: int = 10
+    codes: np.ndarray, usual: np.ndarray, slope: float, memory: float | None, rng: np.random.Generator, batch: int = 10
 ) -> np.ndarray:  # fmt: skip
     """How an event goes on after its warm-up if agents follow the population without any error of words or models.
 
     Each label of an agent is drawn from slope x its share in the population + (1 - slope) x its `usual` share [dimensions,
-    labels]; the population is that of `signals.History` with a half-life of `memory` actions (inf: all count the same).
-    codes: labels [actions, dimensions]; returns such labels of the actions behind the warm-up.
+    labels]; the population is that of `signals.History` with a half-life of `memory` actions (inf: all count the same; None:
+    those of the warm-up do, and nobody hears a later one). codes: labels [actions, dimensions]; returns such labels of the
+    actions behind the warm-up.
     """
-    retention, weight, population, drawn = 0.5 ** (batch / memory), 0.0, np.zeros_like(usual), []
+    retention, weight, population, drawn = 0.5 ** (batch / (memory or math.inf)), 0.0, np.zeros_like(usual), []
     for start in range(0, len(codes), batch):
         now = codes[start : start + batch]
         if start >= agora.WARMUP:
             chances = slope * population + (1 - slope) * usual
             now = np.stack([rng.choice(len(p), size=len(now), p=p / p.sum()) for p in chances], axis=1)
             drawn.append(now)
+            if memory is None:
+                continue
         weight = retention * weight + 1
         population = population + (metrics.label_shares(now)[0] - population) / weight
     return np.concatenate(drawn)
@@ -72,7 +75,7 @@ def follow(
 
 def followers(
     events: Sequence[Event], annotator: Annotator, seeds: int = 2, agents: int | None = None
-) -> dict[tuple[float, float] | None, np.ndarray]:  # fmt: skip
+) -> dict[tuple[float, float | None] | None, np.ndarray]:  # fmt: skip
     """Mean KL in nats [dimensions] of what `follow` makes of each (slope, memory) of FOLLOWED, over events and `seeds`; None: of
     `persistence`. What is usual is the mean of the other events. Raises InputError for fewer than two events with a warm-up."""
     coded = []
@@ -196,7 +199,8 @@ def main() -> None:
         return
     if args.command == "followers":
         found = followers(load_events(args.data), RuleAnnotator(), args.seeds, args.agents)
-        names = {row: f"slope {row[0]}, {'all' if math.isinf(row[1]) else f'half-life {row[1]}'}" for row in FOLLOWED}
+        said = {HALF_LIFE: f"half-life {HALF_LIFE}", math.inf: "all", None: "the warm-up"}
+        names = {(slope, memory): f"slope {slope}, {said[memory]}" for slope, memory in FOLLOWED}
         rows = [[names.get(row, "`persistence`"), *(f"{value:.3f}" for value in (kl.mean(), *kl))] for row, kl in found.items()]
         print(report.markdown([["agents who follow", "mean", *DIMENSIONS], *rows]))
         return

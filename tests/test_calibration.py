@@ -106,10 +106,10 @@ class Recorder:
         return np.zeros(size, dtype=np.int8)
 
 
-@pytest.mark.parametrize("memory", [HALF_LIFE, math.inf])
+@pytest.mark.parametrize("memory", [HALF_LIFE, math.inf, None])
 def test_followers_draw_from_the_population_and_what_is_usual(memory):
-    """In every step the chances are slope x the population's shares, those of `History` or the mean of all so far, + the rest x
-    the usual ones."""
+    """In every step the chances are slope x the population's shares, those of `History` or the mean of all so far or of the
+    warm-up, + the rest x the usual ones."""
     actions = agora.event("dev", 0).actions[:95]
     labels, recorder, history = RuleAnnotator()([a.text for a in actions], "en"), Recorder(), History(10)
     codes, usual = metrics.encode(labels), metrics.label_shares(metrics.encode(labels[40:]))[0]
@@ -119,7 +119,8 @@ def test_followers_draw_from_the_population_and_what_is_usual(memory):
     for step in range(9):
         some = lived[10 * step : 10 * step + 10]
         if step >= 5:
-            alike = (history.population() if memory == HALF_LIFE else signals.shares(lived[: 10 * step])).items()
+            heard = lived[: 10 * step if memory else 50]
+            alike = (history.population() if memory == HALF_LIFE else signals.shares(heard)).items()
             for d, (dimension, p) in enumerate(alike):
                 p = [p[DIMENSIONS[dimension].index(label)] for label in metrics.LABELS[dimension]]
                 expected = 0.7 * np.append(p, np.zeros(6 - len(p))) + 0.3 * usual[d]
