@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 _WEYL = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, odd
+LIKELY = 64  # tokens among which a nucleus is looked for first, then among eight times as many
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
@@ -47,17 +48,34 @@ def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
 
 
 def truncate(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """-inf for all but the top_k largest logits (0: all; ties with the last stay), then for all tokens that have at
-    least top_p of the remaining probability above them. The largest always stays. logits [agents, vocab]."""
+    """-inf for all but the top_k largest logits (0: all; ties with the last stay), then for all tokens that have at least
+    top_p of the remaining probability above them (of equals the first are above). The largest always stays.
+    logits [agents, vocab]."""
     if 0 < top_k < logits.shape[1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
-    if top_p < 1:
-        ordered, order = logits.sort(dim=-1, descending=True, stable=True)
-        shares = ordered.softmax(dim=-1)
-        drop = shares.cumsum(dim=-1) - shares >= top_p
-        drop[:, 0] = False
-        logits = logits.masked_fill(torch.zeros_like(drop).scatter(1, order, drop), -torch.inf)
-    return logits
+    return _nucleus(logits, top_p) if top_p < 1 else logits
+
+
+def _nucleus(logits: Tensor, top_p: float) -> Tensor:
+    """`truncate` by top_p. Mostly the likeliest few hold it, and then only they are sorted."""
+    (agents, vocab), total = logits.shape, logits.logsumexp(dim=-1, keepdim=True)
+    count, last = total.new_empty(agents, 1, dtype=torch.int64), torch.empty_like(total)  # of the tokens that stay
+    rows, these, size = torch.arange(agents, device=logits.device), logits, 0
+    while len(rows):
+        size = min(size * 8 or LIKELY, vocab)
+        ordered = these.topk(size).values
+        shares = (ordered - total[rows]).exp()
+        kept = shares.cumsum(dim=-1) - shares < top_p
+        kept[:, 0] = True  # of a row without a distribution too, which `sample` will refuse
+        count[rows] = kept.sum(dim=-1, keepdim=True)
+        last[rows] = ordered.gather(1, count[rows] - 1)
+        more = kept[:, -1] if size < vocab else torch.zeros_like(kept[:, -1])
+        rows, these = rows[more], these[more]
+    stays = logits >= last
+    if (stays.sum(dim=-1, keepdim=True) > count).any():  # more tokens equal the last than there is room for
+        above, equal = logits > last, logits == last
+        stays = above | equal & (equal.cumsum(dim=-1) <= count - above.sum(dim=-1, keepdim=True))
+    return logits.masked_fill(~stays, -torch.inf)
 
 
 def sample(logits: Tensor, noise: np.ndarray | None, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Tensor:

@@ -2,10 +2,12 @@
 
 import numpy as np
 import pytest
+import scipy.special
 import scipy.stats
 import torch
 
-from mfllm_ref.lm.sampling import hash_seeds, sample, truncate, uniforms
+from mfllm_ref.lm import sampling
+from mfllm_ref.lm.sampling import LIKELY, hash_seeds, sample, truncate, uniforms
 
 
 def test_sampled_frequencies_follow_the_distribution():
@@ -33,6 +35,24 @@ def test_sampling_never_picks_what_has_no_probability():
     assert sample(logits, ends, 1.0).tolist() == [1, 2]
     assert sample(logits, ends, 1e-30).tolist() == [2, 2]
     assert (truncate(logits, top_p=1e-9)[:, 2] == 2).all() and (truncate(logits, top_k=1) > -torch.inf).sum() == 2
+
+
+@pytest.mark.parametrize("likely", [1, 2, LIKELY])
+def test_top_p_keeps_the_smallest_nucleus(likely, monkeypatch):
+    """A token stays iff those above it, the larger ones and of its equals the earlier ones, hold less than top_p: however many
+    are looked at first, beside rows with wider nuclei and narrower ones, with ties at its edge and after top_k."""
+    monkeypatch.setattr(sampling, "LIKELY", likely)
+    rng = np.random.default_rng(likely)
+    for vocab, top_k in ((1, 0), (3, 0), (70, 0), (600, 0), (600, 40)):
+        rows = rng.integers(-3, 4, (30, vocab)) * rng.choice([0.0, 0.1, 1.0, 30.0], (30, 1))
+        logits = torch.from_numpy(rows)
+        for top_p in (1e-9, *rng.random(4)):
+            cut = truncate(logits, top_k).numpy()
+            order = np.argsort(-cut, axis=1, kind="stable")
+            p = np.take_along_axis(scipy.special.softmax(cut, axis=1), order, axis=1)
+            above = np.zeros_like(p)
+            np.put_along_axis(above, order, np.cumsum(p, axis=1) - p, axis=1)
+            np.testing.assert_array_equal(truncate(logits, top_k, top_p), np.where((above < top_p) | (above == 0), cut, -np.inf))
 
 
 @pytest.mark.parametrize("row", [[0.0, torch.nan], [0.0, torch.inf], [-torch.inf, -torch.inf]])
