@@ -11,9 +11,10 @@ bound by these bytes, so n agents gain up to n times.
 
 Notable in the fast path:
 - Agents are laid out as [worlds, agents a world], so the scores on all prefixes are one batched matrix product.
-- In float32 on a CPU each side is one call of PyTorch's flash kernel, which keeps its scores in cache (but the few rows of an
-  agent in decode are batched products), and the two are joined by their log-sum-exps. Elsewhere, and where gradients pass,
-  scores on prefix and suffix are laid side by side for one softmax: in bfloat16 up to 5x faster than the CPU's flash kernel.
+- In float32 on a CPU each side is one call of PyTorch's flash kernel, which keeps its scores in cache, and the two are joined by
+  their log-sum-exps; the few rows of an agent in decode go on from the prefix's by batched products. Elsewhere, and where
+  gradients pass, scores on prefix and suffix are laid side by side for one softmax: in bfloat16 up to 5x faster than the CPU's
+  flash kernel.
 - Unused slots may hold anything. Masked scores have probability exactly 0, so an unused value does harm only if it is
   not finite (0 * NaN): then, and only then, the result is computed again from cleaned copies.
 - What depends on lengths alone is a `Plan`; a model with many layers makes it once and passes it to each of them.
@@ -110,6 +111,11 @@ class Plan:
         self.counts = np.bincount(of, minlength=len(prefix))
         self._tables: dict[tuple[bool, int, int, bool], Tensor] = {}
         self._pieces: dict[int, list[Piece]] = {}
+
+    @cached_property
+    def sees_prefixes(self) -> bool:
+        """Whether every row sees all of its world's prefix, which is not empty."""
+        return self.window is None and bool((self.prefix > 0).all())
 
     @cached_property
     def padding(self) -> Tensor | None:
@@ -256,7 +262,7 @@ def agent_attention(
     compute = q.dtype if q.dtype == torch.bfloat16 else torch.promote_types(q.dtype, torch.float32)
     tensors = [x.to(compute) for x in inputs]
     if not differentiable:
-        flash = compute == torch.float32 and q.device.type == "cpu" and plan.window is None and bool((plan.prefix > 0).all())
+        flash = compute == torch.float32 and q.device.type == "cpu" and plan.sees_prefixes
         out = (_flash if flash else _grouped)(*tensors, plan)
         if math.isfinite(out.sum()):
             return out.to(q.dtype)
@@ -301,27 +307,33 @@ def _flash(q: Tensor, prefix_k: Tensor, prefix_v: Tensor, suffix_k: Tensor, suff
     rows, done = q.reshape(agents, suffix_k.shape[1], -1, head_dim), []  # a key head's queries: group * q_len
     for piece in plan.pieces(UNBOUNDED):
         some, worlds, prefix = piece.agents, piece.worlds, piece.prefix
-        mask = None
-        if plan.suffix_mask is not None:  # [agents, 1, 1, q_len, suffix], for the group's heads one below the other
-            mask = plan.suffix_mask[some].expand(-1, -1, rows.shape[2] // q_len, -1, -1).flatten(2, 3)
-        own, own_sum = (_dense if rows.shape[2] <= FEW else attend)(rows[some], suffix_k[some], suffix_v[some], attn_mask=mask)
         mask = None if piece.mask is None else piece.mask[:, :, 0, 0]  # [worlds, 1, 1, prefix]
         known = prefix_k[worlds, :, :prefix], prefix_v[worlds, :, :prefix]
         shared, shared_sum = attend(_by_world(rows[some], piece), *known, attn_mask=mask)
         shared, shared_sum = _by_agent(shared, piece), _by_agent(shared_sum[..., None], piece)
-        done.append(own.lerp(shared, torch.sigmoid(shared_sum - own_sum[..., None])))
+        mask = None
+        if plan.suffix_mask is not None:  # [agents, 1, 1, q_len, suffix], for the group's heads one below the other
+            mask = plan.suffix_mask[some].expand(-1, -1, rows.shape[2] // q_len, -1, -1).flatten(2, 3)
+        if rows.shape[2] <= FEW:
+            done.append(_onward(shared, shared_sum, rows[some], suffix_k[some], suffix_v[some], mask))
+        else:
+            own, own_sum = attend(rows[some], suffix_k[some], suffix_v[some], attn_mask=mask)
+            done.append(own.lerp(shared, torch.sigmoid(shared_sum - own_sum[..., None])))
     return _joined(done, q, plan)
 
 
-def _dense(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """What the flash kernel returns, by batched products: twice as fast where an agent has few rows, as in decode.
+def _onward(shared: Tensor, shared_sum: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """From averages and log-sum-exps over prefixes on over the agents' own keys, by batched products: with few rows an agent, as
+    in decode, several times as fast as the flash kernel.
 
-    A log-sum-exp is the largest score less the logarithm of its probability: exponentials are taken once, by softmax alone."""
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)
-    if attn_mask is not None:
-        scores += attn_mask
-    shares = scores.softmax(dim=-1)
-    return shares @ v, scores.amax(dim=-1) - shares.amax(dim=-1).log_()
+    Weights are relative to the prefix's, whose sum is 1 then. Where theirs overflows (a score 88 nats above all of the prefix), the
+    result is NaN, and `agent_attention` computes it again in another way."""
+    start = -shared_sum if mask is None else mask - shared_sum
+    start = start.expand(*q.shape[:3], k.shape[2]).flatten(0, 1)
+    weights = torch.baddbmm(start, q.flatten(0, 1), k.flatten(0, 1).mT, alpha=q.shape[-1] ** -0.5).exp_()
+    total = torch.baddbmm(shared.flatten(0, 1), weights, v.flatten(0, 1))
+    whole = weights.sum(dim=-1, keepdim=True).add_(1)
+    return total.div_(whole.masked_fill_(whole == torch.inf, torch.nan)).view_as(q)  # what is divided by inf may be finite
 
 
 def _joined(done: list[Tensor], q: Tensor, plan: Plan) -> Tensor:

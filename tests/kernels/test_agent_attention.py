@@ -266,9 +266,20 @@ def test_impossible_lengths_are_refused(change):
         agent_attention(**{**make([2, 1], 2, 5, 4), **change})
 
 
-def test_large_scores_do_not_overflow(path):
+@pytest.mark.parametrize("empty", [True, False])
+def test_large_scores_do_not_overflow(path, empty):
     case = make([2, 2], 2, 6, 4, dtype=torch.float32, seed=2)
     case = {name: x * 1e3 if name in ("q", "prefix_k", "suffix_k") else x for name, x in case.items()}
+    case["prefix_len"] = torch.tensor([0 if empty else 4, 6], dtype=torch.int32)
     out = agent_attention(**on(path, case)).cpu()
     assert out.isfinite().all()
     torch.testing.assert_close(out, oracle(case), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("above", [85.0, 88.5, 90.0])
+def test_own_keys_far_above_the_prefix_have_all_the_weight(path, above):
+    """Relative to the prefix's, e^88.5 is a float32, twice that is none, and a tenth of it is one again."""
+    case = make([1], 1, 1, 2, heads=1, kv_heads=1, head_dim=4, dtype=torch.float32)
+    case |= {"prefix_len": torch.ones(1).int(), "suffix_len": torch.full((1,), 2).int(), "q": torch.ones(1, 1, 1, 4)}
+    case |= {"prefix_k": torch.zeros(1, 1, 1, 4), "suffix_k": torch.full((1, 1, 2, 4), above / 2), "suffix_v": torch.full((1, 1, 2, 4), 0.1)}
+    torch.testing.assert_close(agent_attention(**on(path, case)).cpu(), torch.full((1, 1, 1, 4), 0.1))
