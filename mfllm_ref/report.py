@@ -277,13 +277,14 @@ def information_plane(points: Sequence[Mapping[str, float]], untuned: Mapping[st
         ordered = sorted(points, key=lambda point: point["beta"])
         axis.plot([p["kl"] for p in ordered], [p["gain"] for p in ordered], "o-", color=_FAMILIES["mf-llm"])
         axis.plot(untuned["kl"], untuned["gain"], "o", color=_FAMILIES["persistence"])
-        for name, point in [("untuned", untuned), *((f"beta {p['beta']:g}", p) for p in ordered)]:
-            axis.annotate(name, (point["kl"], point["gain"]), (6, -12), textcoords="offset points")
+        axis.annotate("untuned", (untuned["kl"], untuned["gain"]), (0, 8), textcoords="offset points", ha="center")
+        for point in ordered:
+            axis.annotate(f"beta {point['beta']:g}", (point["kl"], point["gain"]), (7, -14), textcoords="offset points")
         axis.set_xlabel("KL(mu || r), the bound on I(m; X, c), nats a step")
         axis.set_ylabel("gain in action log-likelihood over the sft policy,\nan estimate of I(m; Y), nats a step")
         axis.set_title("The information plane", loc="left")
         axis.margins(0.15)
-        axis.set_xlim(left=0)
+        axis.set_xlim(0, 1.15 * max(point["kl"] for point in (untuned, *points)))
         axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
         _plain(axis)
         _save(page, path)
