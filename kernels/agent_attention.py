@@ -298,7 +298,8 @@ def _grouped(q: Tensor, prefix_k: Tensor, prefix_v: Tensor, suffix_k: Tensor, su
 
 
 def _flash(q: Tensor, prefix_k: Tensor, prefix_v: Tensor, suffix_k: Tensor, suffix_v: Tensor, plan: Plan) -> Tensor:
-    """Each side by PyTorch's flash kernel for CPUs; no windows, no empty prefixes (a row that sees nothing has no softmax)."""
+    """Prefixes, and the agents' own keys but for few rows (`_onward`), by PyTorch's flash kernel for CPUs; no windows, no empty
+    prefixes (a row that sees nothing has no softmax)."""
     agents, heads, q_len, head_dim = q.shape
     attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # the one that also returns log-sum-exps
     # It reads a head's numbers as neighbours, wherever they are.

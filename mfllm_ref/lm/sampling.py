@@ -69,8 +69,9 @@ def _nucleus(logits: Tensor, top_p: float) -> Tensor:
         kept[:, 0] = True  # of a row without a distribution too, which `sample` will refuse
         count[rows] = kept.sum(dim=-1, keepdim=True)
         last[rows] = ordered.gather(1, count[rows] - 1)
-        more = kept[:, -1] if size < vocab else torch.zeros_like(kept[:, -1])
-        rows, these = rows[more], these[more]
+        if size == vocab:
+            break
+        rows, these = rows[kept[:, -1]], these[kept[:, -1]]
     stays = logits >= last
     if (stays.sum(dim=-1, keepdim=True) > count).any():  # more tokens equal the last than there is room for
         above, equal = logits > last, logits == last
