@@ -37,6 +37,7 @@ def parser() -> doors.Parser:
     what.add_argument("--agents", type=doors.positive, metavar="N", help="first N actions of an event, warm-up "
                       "included (default: 110 of the built-in world, else all)")  # fmt: skip
     what.add_argument("--batch", type=doors.positive, default=10, metavar="B", help="agents a step (default: 10)")
+    doors.add_half_life(what)
     what.add_argument("--warmup", type=doors.natural, default=50, metavar="W", help="first W actions are the real "
                       "ones, the rest is simulated (default: 50)")  # fmt: skip
     what.add_argument("--seeds", type=doors.whole(1, 1000), default=1, metavar="R", help="roll each event out R times "
@@ -87,7 +88,7 @@ def main() -> None:
     events = simulation.choose_events(args.data, args.split, args.event, args.events)
     tokens = (args.action_tokens, args.summary_tokens)
     agents = args.agents or (simulation.BUILT_IN_AGENTS if args.data is None else None)
-    settings = Settings(agents, args.batch, args.warmup, args.seed, *tokens, args.chat, args.summary_top_p)
+    settings = Settings(agents, args.batch, args.warmup, args.seed, *tokens, args.chat, args.summary_top_p, args.half_life)
     for event in events:
         horizon(event, settings)  # refuses a warm-up that leaves nothing to simulate
     intervention = simulation.read_intervention(args.intervene, events, settings) if args.intervene else None

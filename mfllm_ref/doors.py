@@ -12,6 +12,7 @@ from typing import NoReturn
 from mfllm_ref import ranks
 from mfllm_ref.errors import InputError, Notice
 from mfllm_ref.society.prompts import SUMMARY_TOP_P
+from mfllm_ref.society.signals import HALF_LIFE
 
 CHECKPOINTS = Path(__file__).resolve().parents[1] / "checkpoints"  # what runs use by default: tiny/ and tiny-adapters/
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
@@ -63,6 +64,13 @@ def share(text: str) -> float:
     if not 0 < (value := float(text)) <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
     return value
+
+
+def add_half_life(parser: argparse._ActionsContainer) -> None:
+    """How long a population remembers, to both doors alike."""
+    parser.add_argument("--half-life", type=positive, default=HALF_LIFE, metavar="N", help="actions after which one counts half "
+                        "in the shares of the population, those that pretraining's summaries tell too; give a backbone what it "
+                        f"was pretrained with (default: {HALF_LIFE})")  # fmt: skip
 
 
 def add_summaries(parser: argparse._ActionsContainer) -> None:

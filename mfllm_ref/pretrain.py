@@ -1,14 +1,14 @@
 """Pretraining of a small backbone from scratch, so that everything here runs without anyone else's weights.
 
 The corpus shows actions under every kind of signal and none, and summaries written from counts: all methods start from one
-backbone that can read each of their signals. All actions of a document share one prefix, computed once: a block mask lets an
-action's tokens see the prefix and themselves, and positions restart behind the prefix.
+backbone that can read each of their signals. Documents become rows of tokens in `packing.py`.
 """
 
 import json
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,14 +27,15 @@ from mfllm_ref.lm.checkpoint import save_backbone
 from mfllm_ref.lm.config import Config
 from mfllm_ref.lm.tokenizer import Tokenizer
 from mfllm_ref.muon import Muon
+from mfllm_ref.packing import Batch, batches, block_mask
 from mfllm_ref.runs import Run, write_bytes, write_json
 from mfllm_ref.share_tokens import ShareTokens, settle_embeddings, share_embeddings
 from mfllm_ref.society import agora
 from mfllm_ref.society.annotate import RuleAnnotator
-from mfllm_ref.society.corpus import Corpus, Document, Mixture, Past, pretraining_part
+from mfllm_ref.society.corpus import Corpus, Mixture, Past, pretraining_part
 from mfllm_ref.society.events import Event
 from mfllm_ref.society.response import response_curves, slope
-from mfllm_ref.society.signals import imagined, verbalise
+from mfllm_ref.society.signals import HALF_LIFE, imagined, verbalise
 from mfllm_ref.training import STATE, load_optimizer_tensors, load_state, optimizer_tensors, save_state
 
 # A summary's token counts so much more in the loss than an action's: a document has some 60 of the first or 170 of the second,
@@ -43,6 +44,7 @@ SUMMARY_WEIGHT = 4.0
 HELD_OUT = 20  # events that the response curve is drawn on
 TOKENIZER_DOCUMENTS, POPULATIONS = 6000, 4  # that the tokenizer is trained on: documents, populations in words beside each
 END = "<|endoftext|>"
+WORKERS = 6  # processes that draw batches ahead for a GPU: one takes 90 ms for 36 rows, the GPU 35 for the step
 EMBEDDING = 0.05  # deviation of its first weights
 # Newlines stand alone (they end prompts and sections), and an emoticon in brackets is one piece. A label and its percentage
 # are one piece (` oppose 45%`), with the heading before the first of them (`; stance: support 50%`): what the population does
@@ -138,62 +140,6 @@ def sample_texts(corpus: Corpus, count: int, seed: int) -> Iterator[str]:
             yield target
 
 
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """Rows of tokens. `segments`: 0 the prefix, 1, 2, ... the branches, -1 padding; `targets` are -100 where nothing is
-    learned; `sorts` names each row's document. All int64 [rows, time]."""
-
-    ids: Tensor
-    positions: Tensor
-    segments: Tensor
-    targets: Tensor
-    sorts: list[str]
-
-
-def collate(
-    documents: Sequence[tuple[str, Document]], tokenizer: Tokenizer, end: int, length: int = 512, multiple: int = 16
-) -> Batch:
-    """Tokens of `documents`, one row each, with as many of each document's branches as fit.
-
-    Rows are `length` tokens long, or as long as the longest prefix with one branch needs, rounded up to `multiple`.
-    """
-    texts = dict.fromkeys(t for _, d in documents for t in (d.prefix, *(p for branch in d.branches for p in branch)))
-    encoded = dict(zip(texts, tokenizer.encode_batch(list(texts)), strict=True))
-    rows = []
-    needed = (sum(len(encoded[t]) for t in (d.prefix, *d.branches[0])) + 1 for _, d in documents)
-    length = -(-max(length, *needed) // multiple) * multiple
-    for _, document in documents:
-        prefix = encoded[document.prefix]
-        ids, targets, segments, positions = list(prefix), [-100] * len(prefix), [0] * len(prefix), [*range(len(prefix))]
-        for number, (private, target) in enumerate(document.branches, start=1):
-            prompt, answer = encoded[private], [*encoded[target], end]
-            if number > 1 and len(ids) + len(prompt) + len(answer) > length:
-                break
-            if prompt:  # the prompt's last token predicts the answer's first
-                learned = [-100] * (len(prompt) - 1) + answer
-            else:  # a lone branch with no prompt of its own: the prefix's last token does
-                targets[-1], learned = answer[0], answer[1:]
-            ids += prompt + answer[:-1]
-            targets += learned
-            segments += [number] * len(learned)
-            positions += range(len(prefix), len(prefix) + len(learned))
-        rows.append((ids, positions, segments, targets))
-    fills = (end, 0, -1, -100)
-    columns = (torch.tensor([row[c] + [fills[c]] * (length - len(row[c])) for row in rows]) for c in range(4))
-    return Batch(*columns, [sort for sort, _ in documents])
-
-
-def block_mask(batch: Batch, window: int | None, dtype: torch.dtype) -> Tensor:
-    """[rows, 1, time, time]: 0 where row i may look at j, else -inf. j is not after i, in the prefix or in i's branch, and with a
-    window fewer than `window` positions back."""
-    segments, positions = batch.segments, batch.positions
-    own = segments[:, :, None] == segments[:, None, :]  # padding sees padding, so that no row of the softmax is empty
-    visible = (own | (segments[:, None, :] == 0)).tril()
-    if window is not None:
-        visible &= positions[:, :, None] - positions[:, None, :] < window
-    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, -torch.inf)[:, None]
-
-
 def loss_sums(backbone: Backbone, batch: Batch) -> tuple[Tensor, Tensor]:
     """Negative log-likelihood in nats of each row's targets, and their number: float32 [rows] each."""
     device, windows = batch.ids.device, backbone.config.windows
@@ -270,10 +216,10 @@ def train_steps(
     backbone.train().requires_grad_(True)
     parameters, device = list(backbone.parameters()), next(backbone.parameters()).device
     own, size = ranks.rank(), ranks.world_size()
-    for step in range(start, settings.steps):
-        started = time.perf_counter()
-        rng = np.random.default_rng([settings.seed, 1, step])
-        batch = collate([corpus.draw(rng) for _ in range(settings.rows)], tokenizer, end=0)
+    steps, workers = range(start, settings.steps), WORKERS if device.type == "cuda" else 0
+    drawn = batches(corpus, tokenizer, settings.rows, settings.seed, steps, workers)
+    started = time.perf_counter()
+    for step, batch in zip(steps, drawn, strict=True):
         columns = (batch.ids, batch.positions, batch.segments, batch.targets)
         with torch.autocast(device.type, torch.bfloat16, enabled=settings.mixed):
             nats, targets = loss_sums(backbone, Batch(*(t[own::size].to(device) for t in columns), batch.sorts[own::size]))
@@ -304,10 +250,13 @@ def train_steps(
         row["seconds"] = time.perf_counter() - started
         row["tokens_per_second"] = int((batch.segments >= 0).sum()) / row["seconds"]
         yield row
+        started = time.perf_counter()
 
 
-def corpora(events: Sequence[Event] | None, batch: int) -> tuple[Corpus, list[Past]]:
+def corpora(events: Sequence[Event] | None, batch: int, half_life: float = HALF_LIFE) -> tuple[Corpus, list[Past]]:
     """(what to pretrain on, real pasts it never sees) from outside events, or from agora's splits if there are none.
+
+    half_life: actions, of the population that signals and summaries tell of.
 
     A fifth of agora's documents carry another event's signal: its backbone reads signals as a general model would,
     uncalibrated to that world (DESIGN section 7).
@@ -315,13 +264,15 @@ def corpora(events: Sequence[Event] | None, batch: int) -> tuple[Corpus, list[Pa
     annotate = RuleAnnotator()
     if events is None:
         mixture = Mixture(summaries=0.5, shuffled=0.2)
-        corpus = Corpus(agora.SPLITS["pretrain"], annotate, batch, mixture, lambda i: agora.event("pretrain", i))
-        return corpus, [Past(agora.event("train", i), annotate, batch) for i in range(HELD_OUT)]
+        make = partial(agora.event, "pretrain")
+        corpus = Corpus(agora.SPLITS["pretrain"], annotate, batch, mixture, make, half_life)
+        return corpus, [Past(agora.event("train", i), annotate, batch, half_life) for i in range(HELD_OUT)]
     chosen, kept = pretraining_part(events)
     if not kept:
         raise InputError(f"{len(events)} events are too few to pretrain on and to keep a fifth of for tuning")
     long = [event for event in kept if len(event.actions) >= 10 * batch] or kept
-    return Corpus(chosen, annotate, batch, Mixture()), [Past(event, annotate, batch) for event in long[:HELD_OUT]]
+    corpus = Corpus(chosen, annotate, batch, Mixture(reweighted=0.7), half_life=half_life)
+    return corpus, [Past(event, annotate, batch, half_life) for event in long[:HELD_OUT]]
 
 
 def run(run: Run, settings: Mapping[str, Any], events: Sequence[Event] | None, device: torch.device, progress: bool) -> dict:
@@ -329,7 +280,7 @@ def run(run: Run, settings: Mapping[str, Any], events: Sequence[Event] | None, d
 
     Returns {"parameters", "response": {dimension: slope}}. Raises InputError where the loss is no longer finite.
     """
-    corpus, held_out = corpora(events, settings["batch"])
+    corpus, held_out = corpora(events, settings["batch"], settings["half_life"])
     if not (run.out / "tokenizer.json").exists():
         trained = train_tokenizer(sample_texts(corpus, TOKENIZER_DOCUMENTS, settings["seed"]), SHAPES[settings["shape"]].vocab)
         for name, content in tokenizer_files().items():

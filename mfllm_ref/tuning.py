@@ -24,6 +24,7 @@ from mfllm_ref.society.corpus import Document, Past, pretraining_part
 from mfllm_ref.society.events import Event, hashed
 from mfllm_ref.society.response import response_curves, slope, true_response
 from mfllm_ref.society.rollout import METHODS, Annotator
+from mfllm_ref.society.signals import HALF_LIFE
 from mfllm_ref.training import STATE, load_optimizer_tensors, load_state, optimizer_tensors, save_state
 
 MEAN_FIELD, POLICY = "mean-field", "policy"
@@ -81,7 +82,8 @@ def jobs(stage: str, methods: Sequence[str] | None, steps: tuple[int, int], beta
 
 
 def choose_events(
-    data: Sequence[Event] | None, leave_out: Sequence[str], kept_only: bool, batch: int, annotate: Annotator
+    data: Sequence[Event] | None, leave_out: Sequence[str], kept_only: bool, batch: int, annotate: Annotator,
+    half_life: float = HALF_LIFE,
 ) -> tuple[list[Past], list[Past]]:  # fmt: skip
     """(pasts to tune on, pasts to select on): agora's train and dev splits, or outside events, a fifth of which selects.
 
@@ -102,7 +104,8 @@ def choose_events(
         dev, tuned = kept[:cut], kept[cut:]
         if not tuned:
             raise InputError(f"{len(data)} events: an empty split, too few with over {2 * batch} actions to tune and select on")
-    return [Past(e, annotate, batch) for e in tuned], [Past(e, annotate, batch) for e in dev[:DEV_EVENTS]]
+    tuned, dev = ([Past(event, annotate, batch, half_life) for event in some] for some in (tuned, dev[:DEV_EVENTS]))
+    return tuned, dev
 
 
 def pretrained_here(backbone: Path) -> bool:

@@ -10,53 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-import train
 from mfllm_ref import doors, pretrain, report, training
 from mfllm_ref.lm import LanguageModel
 from mfllm_ref.lm.backbone import Backbone
 from mfllm_ref.lm.checkpoint import save_backbone
 from mfllm_ref.lm.tokenizer import Tokenizer
+from mfllm_ref.packing import collate
 from mfllm_ref.society import agora, prompts
 from mfllm_ref.society.annotate import RuleAnnotator
-from mfllm_ref.society.corpus import Corpus, Document, Mixture
+from mfllm_ref.society.corpus import Corpus, Mixture
 from mfllm_ref.society.readers import write_events
-
-DOCUMENTS = [
-    ("empirical", Document("A topic.\nPopulation: 43%\n", (("User: a\nPost:\n", "I agree."), ("Post:\n", ""), ("Post:\n", "No!")))),
-    ("mean-field", Document("A longer topic than that.\nSummary:\n", (("", "stance: support 43%"),))),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("model_type", ["qwen2", "mistral"])
-def test_the_block_mask_gives_every_branch_its_own_prompt(random_lm, monkeypatch, model_type):
-    """The loss of packed branches is the sum of what each would have alone behind the prefix: log_prob's own value. A sliding
-    window counts positions, not places in the row."""
-    monkeypatch.setitem(pretrain.WINDOWS, "mistral", 5)
-    shape = pretrain.Shape(32, 2, 4, 2, 48, 0)
-    lm = LanguageModel(Backbone(pretrain.config_for(model_type, shape, random_lm.tokenizer.vocab_size)), random_lm.tokenizer)
-    pretrain.initialise(lm.backbone, torch.Generator().manual_seed(0))
-    batch = pretrain.collate(DOCUMENTS, lm.tokenizer, end=0, length=256)
-    sums, counts = pretrain.loss_sums(lm.backbone, batch)
-    lm.backbone.double()
-    for (_, document), nll, count in zip(DOCUMENTS, sums, counts, strict=True):
-        prefix = lm.tokenizer.encode(document.prefix)
-        prompts = [prefix + lm.tokenizer.encode(private) for private, _ in document.branches]
-        targets = [lm.tokenizer.encode(target) for _, target in document.branches]
-        expected = -lm.log_prob(prompts, targets, end_of_text=True).sum()
-        assert nll.item() == pytest.approx(expected.item(), abs=1e-4)
-        assert count == sum(len(target) + 1 for target in targets)
-
-
-def test_collate_fills_rows_and_never_drops_the_first_branch(random_lm):
-    many = Document("prefix\n", tuple(("Post:\n", f"text {i}") for i in range(40)))
-    long = Document("word " * 50, (("Post:\n", "yes"), ("Post:\n", "no" * 200)))
-    batch = pretrain.collate([("none", many), ("none", long)], random_lm.tokenizer, end=0, length=32)
-    assert batch.ids.shape == batch.targets.shape and batch.ids.shape[1] % 16 == 0
-    needed = len(random_lm.tokenizer.encode("word " * 50 + "")) + len(random_lm.tokenizer.encode("Post:\n")) + 3
-    assert abs(batch.ids.shape[1] - needed) < 20
-    assert batch.segments[1].max() == 1 and 1 < batch.segments[0].max() < 40
-    assert ((batch.targets == -100) | (batch.segments >= 0)).all()
-
 
 TEXTS = st.text(alphabet=st.characters(codec="utf-8"), max_size=60) | st.sampled_from(
     ["<0x41>", "<|endoftext|>", "转发微博[哈哈]", "\u2028\x00", "43% of 100% 5%", "🕯️"]
@@ -112,7 +75,7 @@ def test_an_update_weighs_a_summarys_tokens_more(mixed):
     plan = pretrain.Settings(steps=1, rows=6, mixed=mixed)
     row = next(pretrain.train_steps(backbone, tokenizer, corpus, plan, 0, pretrain.optimizers(backbone, plan.lr)))
     rng = np.random.default_rng([plan.seed, 1, 0])
-    batch = pretrain.collate([corpus.draw(rng) for _ in range(plan.rows)], tokenizer, end=0)
+    batch = collate([corpus.draw(rng) for _ in range(plan.rows)], tokenizer, end=0)
     weights = torch.tensor([pretrain.SUMMARY_WEIGHT if sort == "mean-field" else 1.0 for sort in batch.sorts])
     assert 0 < batch.sorts.count("mean-field") < plan.rows
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mixed):
@@ -164,6 +127,12 @@ def test_initial_weights_are_a_function_of_the_seed():
     assert all(torch.equal(p, q) for p, q in zip(one.parameters(), two.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("events", [None, [agora.event("train", index) for index in range(10)]])
+def test_a_corpus_remembers_as_long_as_it_is_told(events):
+    corpus, held_out = pretrain.corpora(events, 10, 960)
+    assert {past.half_life for past in (corpus.past(0), *held_out)} == {960}
+
+
 @pytest.fixture(scope="module")
 def small_data(tmp_path_factory):
     """Ten events as JSON Lines."""
@@ -193,7 +162,7 @@ def test_a_pretrained_folder_loads_in_transformers_and_a_killed_run_resumes_to_t
     monkeypatch.setitem(pretrain.SHAPES, "tiny", pretrain.Shape(32, 2, 4, 2, 48, 700))
     monkeypatch.setattr(pretrain, "TOKENIZER_DOCUMENTS", 100)
     options = ["--stage", "pretrain", "--data", small_data, "--shape", "tiny", "--steps", 4, "--rows", 2]
-    options += ["--save-every", 2, "--threads", 1]
+    options += ["--save-every", 2, "--threads", 1, "--half-life", 960]
     assert door(*options, "--out", tmp_path / "whole")[0] == 0
     lm = LanguageModel.load(tmp_path / "whole")
     ids = torch.tensor([lm.tokenizer.encode("Topic: a dam\nPost:\n")])
@@ -203,6 +172,7 @@ def test_a_pretrained_folder_loads_in_transformers_and_a_killed_run_resumes_to_t
     assert PreTrainedTokenizerFast.from_pretrained(tmp_path / "whole").encode("Topic: a dam\nPost:\n") == ids[0].tolist()
     *log, last = [json.loads(line) for line in open(tmp_path / "whole" / "log.jsonl")]
     assert [row["step"] for row in log] == [0, 1, 2, 3] and (tmp_path / "whole" / "loss.png").stat().st_size > 5000
+    assert json.loads((tmp_path / "whole" / "run.json").read_text())["settings"]["half_life"] == 960
     assert last == {"response": json.loads((tmp_path / "whole" / "run.json").read_text())["response"]}
 
     write = training.write_bytes

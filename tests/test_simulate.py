@@ -106,6 +106,15 @@ def test_every_file_is_there_and_agrees_with_the_others(finished):
     assert record["sha256"]["data"] and record["versions"]["torch"] and record["threads"] == 1
 
 
+def test_a_shorter_memory_changes_what_is_said_of_the_population_alone(finished, door, tmp_path):
+    assert door("--events", "2", "--method", "state,empirical", "--half-life", "1", "--out", tmp_path / "short")[0] == 0
+    assert json.loads((tmp_path / "short" / "run.json").read_text())["settings"]["half_life"] == 1
+    same = {"state": True, "empirical": False}
+    for method, alike in same.items():
+        one, two = ([row for row in rows_of(out / "likelihood.jsonl") if row["method"] == method] for out in (finished, tmp_path / "short"))
+        assert len(one) == 2 * 4 and (one == two) == alike
+
+
 def test_the_same_settings_give_the_same_bytes(finished, door, tmp_path):
     """Trajectory, mean field, metrics and picture again, byte for byte; run.json too, without its time fields."""
     code, out, err = door("--events", "2", "--out", tmp_path / "b")
@@ -217,6 +226,7 @@ BAD = {
     "no chat template": (["--chat"], "chat"),
     "not a number": (["--agents", "many"], "--agents"),
     "zero": (["--batch", "0"], "--batch"),
+    "a population that remembers nothing": (["--half-life", "0"], "--half-life"),
     "summaries of no token at all": (["--summary-top-p", "0"], "--summary-top-p"),
     "more than everything": (["--summary-top-p", "nan"], "--summary-top-p"),
     "unknown option": (["--nonsense"], "--nonsense"),

@@ -58,6 +58,7 @@ def test_events_that_select_are_not_tuned_on(data):
     ids = [past.event.id for past in (*tuned, *dev)]
     assert len(set(ids)) == len(ids) == 11 and events[0].id not in ids and len(dev) == 2
     assert len(tuning.choose_events(events, [], True, 10, ANNOTATE)[0]) < 3, "the fifth that pretraining left"
+    assert {past.half_life for some in tuning.choose_events(events, [], False, 10, ANNOTATE, 960) for past in some} == {960}
     for few in ([], events[:1]):
         with pytest.raises(InputError, match="empty split"):
             tuning.choose_events(few, [], False, 10, ANNOTATE)

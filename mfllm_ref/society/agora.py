@@ -131,7 +131,7 @@ def world(split: str, index: int) -> World:
     if not 0 <= index < SPLITS[split]:
         raise InputError(f"index {index}: agora's split {split!r} has events 0 to {SPLITS[split] - 1}")
     rng = generator("agora", split, index)
-    words, kind = grammar(), "pretrain" if split == "pretrain" else "world"
+    kind = "pretrain" if split == "pretrain" else "world"
     low, high = CONSTANTS["coupling"][kind]
     coupling = rng.uniform(low, high)
     coupling_noise = rng.standard_normal()

@@ -1,7 +1,7 @@
 """Training documents: what real populations would have been told and did, under every kind of signal.
 
 A document is one prefix and its branches: the prefix is the shared part of a prompt, a branch one agent's private part and
-the text to learn. All branches of a document are trained against one computation of the prefix (see pretrain's block mask).
+the text to learn. All branches of a document are trained against one computation of the prefix (see packing's block mask).
 """
 
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ from mfllm_ref.society import prompts
 from mfllm_ref.society.events import DIMENSIONS, Event, action_ids, hashed
 from mfllm_ref.society.prompts import Signal
 from mfllm_ref.society.rollout import Annotator
-from mfllm_ref.society.signals import RECENT, History, Seen, Shares, imagined, parse, shares, verbalise
+from mfllm_ref.society.signals import HALF_LIFE, RECENT, History, Seen, Shares, imagined, parse, shares, verbalise
 
 KINDS = ("none", "recent", "popular", "empirical")
 LOST = 0.1  # how often a dimension is missing in a summary that another one is to follow from: see Past.mean_field
@@ -42,8 +42,8 @@ def _branch(language: str, seen: Seen) -> tuple[str, str]:
 class Past:
     """What every step of one real event could be told: its signals, and the population in words before and after it."""
 
-    def __init__(self, event: Event, annotate: Annotator, batch: int) -> None:
-        self.event, self.batch = event, batch
+    def __init__(self, event: Event, annotate: Annotator, batch: int, half_life: float = HALF_LIFE) -> None:
+        self.event, self.batch, self.half_life = event, batch, half_life
         labels = annotate([action.text for action in event.actions], event.language)
         self.seen = [
             Seen(name, i, a.agent.profile, a.text, row, a.popularity, a.parent)
@@ -51,7 +51,7 @@ class Past:
         ]
         # Label numbers of all actions, per dimension.
         self.codes = {d: np.array([names.index(row[d]) for row in labels]) for d, names in DIMENSIONS.items()}
-        history = History(batch)
+        history = History(batch, half_life)
         self.signals: list[dict[str, Signal | None]] = []  # at the start of each step, and behind the last
         self.weights: list[float] = []  # of the past in the shares of "empirical", in steps
         for step in range(self.steps + 1):
@@ -145,7 +145,7 @@ class Past:
 
     def follows(self, step: int, before: str) -> Shares:
         """The exact shares after `step`, were those that the summary `before` states the shares before it."""
-        history = History(self.batch)
+        history = History(self.batch, self.half_life)
         history.mean, history.weight = parse(before, self.event.language), self.weights[step]
         history.update(self.actions(step))
         return history.population()
@@ -185,16 +185,16 @@ class Corpus:
     """Draws documents from events. A draw is a pure function of the generator it is given."""
 
     def __init__(self, events: Sequence[Event] | int, annotate: Annotator, batch: int, mixture: Mixture,
-                 event: Callable[[int], Event] | None = None) -> None:  # fmt: skip
+                 event: Callable[[int], Event] | None = None, half_life: float = HALF_LIFE) -> None:  # fmt: skip
         """`events`: the events, or their number, `event` then making the i-th one when it is first drawn."""
         self.count = events if isinstance(events, int) else len(events)
         self.make = event if event is not None else list(events).__getitem__
-        self.annotate, self.batch, self.mixture = annotate, batch, mixture
+        self.annotate, self.batch, self.mixture, self.half_life = annotate, batch, mixture, half_life
         self.pasts: dict[int, Past] = {}
 
     def past(self, index: int) -> Past:
         if index not in self.pasts:
-            self.pasts[index] = Past(self.make(index), self.annotate, self.batch)
+            self.pasts[index] = Past(self.make(index), self.annotate, self.batch, self.half_life)
         return self.pasts[index]
 
     def draw(self, rng: np.random.Generator) -> tuple[str, Document]:

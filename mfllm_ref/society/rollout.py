@@ -21,7 +21,7 @@ from mfllm_ref.errors import InputError, Notice
 from mfllm_ref.lm import LanguageModel
 from mfllm_ref.society import prompts
 from mfllm_ref.society.events import Event, action_ids, hashed
-from mfllm_ref.society.signals import History, Seen
+from mfllm_ref.society.signals import HALF_LIFE, History, Seen
 
 TOO_LONG = "a prompt is longer than the backbone's positions: the oldest of what it tells is left out"
 SPARE = 8  # tokens that a tokenizer may put in front of a text
@@ -73,6 +73,7 @@ class Settings:
     summary_tokens: int = 120
     chat: bool = False
     summary_top_p: float = prompts.SUMMARY_TOP_P
+    half_life: float = HALF_LIFE  # actions, of the population that `empirical` tells of
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +112,7 @@ class State:
         self.reach: dict[str, float] = {}
         for action in world.event.actions[: settings.warmup]:
             self.reach[action.agent.id] = max(action.popularity, self.reach.get(action.agent.id, 0.0))
-        self.history = History(settings.batch)
+        self.history = History(settings.batch, settings.half_life)
         self.mean_field = ""  # m_t, empty before the first update
 
     def indices(self, step: int) -> range:

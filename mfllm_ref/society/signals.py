@@ -17,7 +17,7 @@ from mfllm_ref.errors import Notice
 from mfllm_ref.society.events import DIMENSIONS, hashed
 from mfllm_ref.society.prompts import Signal
 
-HALF_LIFE = 60  # actions: after so many newer ones an action counts half in the empirical shares
+HALF_LIFE = 60  # actions: after so many newer ones an action counts half in the population, unless another number is given
 RECENT, POPULAR, POPULAR_WINDOW = 5, 5, 30
 # Percent: shares are told in multiples of it. With so few values a label and its share can be one token, so that a small model
 # compares neighbouring values instead of adding digits: with single percents, digits apart, one was wrong by 4.5 points, where
@@ -130,10 +130,10 @@ class Seen:
 class History:
     """The past of one world, as far as signals need it: O(1) memory however long the event."""
 
-    def __init__(self, batch: int) -> None:
+    def __init__(self, batch: int, half_life: float = HALF_LIFE) -> None:
         # Decay by the nominal step, so that a step counts by its shares and not by its head count: telling the same
         # story with every agent twice changes nothing.
-        self.retention = 0.5 ** (batch / HALF_LIFE)
+        self.retention = 0.5 ** (batch / half_life)
         self.newest: deque[Seen] = deque(maxlen=RECENT)
         self.window: deque[Seen] = deque(maxlen=POPULAR_WINDOW)
         self.children: dict[int, int] = {}
@@ -158,7 +158,7 @@ class History:
         self.mean = {dimension: p + (now[dimension] - p) / self.weight for dimension, p in before.items()}
 
     def population(self) -> Shares | None:
-        """Exponentially weighted label shares of all actions so far (half-life HALF_LIFE actions); None before the first."""
+        """Exponentially weighted label shares of all actions so far (`half_life` in actions); None before the first."""
         return self.mean
 
     def _score(self, seen: Seen) -> float:

@@ -11,16 +11,16 @@ from mfllm_ref.society.signals import GRID, HALF_LIFE, parse, shares
 ANNOTATE = RuleAnnotator()
 
 
-@pytest.fixture(scope="module")
-def past() -> Past:
-    return Past(agora.event("train", 3), ANNOTATE, 10)
+@pytest.fixture(scope="module", params=[HALF_LIFE, 960])
+def past(request) -> Past:
+    return Past(agora.event("train", 3), ANNOTATE, 10, request.param)
 
 
 def test_training_prompts_are_those_of_a_simulation(past):
     """At every step a document's prefix is what `rollout` shows when the past is real, for every kind of signal."""
     event = past.event
     for kind, method in zip(KINDS, ("state", "recent", "popular", "empirical"), strict=True):
-        state = State(World(event, METHODS[method], 0), Settings(batch=10), {}, forced=True)
+        state = State(World(event, METHODS[method], 0), Settings(batch=10, half_life=past.half_life), {}, forced=True)
         for step in range(past.steps):
             document = past.policy(step, kind, 10)
             texts = [document.prefix + private for private, _ in document.branches]
@@ -68,7 +68,7 @@ def test_imagined_summaries_move_as_the_real_one_does(past):
     document = past.mean_field(step, 400, rng)
     assert document.branches[:1] == past.mean_field(step).branches, "the real one comes first"
     now = shares([seen.labels for seen in past.actions(step)])
-    weight = sum(0.5 ** (past.batch / HALF_LIFE * k) for k in range(step + 1))
+    weight = sum(0.5 ** (past.batch / past.half_life * k) for k in range(step + 1))
     for private, target in document.branches[1:]:
         told, said = parse(private.splitlines()[0].removeprefix("Population: "), "en"), parse(target, "en")
         assert len(said) == len(DIMENSIONS)

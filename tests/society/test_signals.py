@@ -58,12 +58,12 @@ def test_shares_do_not_depend_on_order_or_on_scale(labels, k):
 
 
 @CHECK
-@given(STEPS)
-def test_the_population_is_the_exponentially_weighted_mean_of_the_steps_shares(steps):
-    batch, history = 10, History(10)
+@given(STEPS, st.sampled_from([1, HALF_LIFE, 960]))
+def test_the_population_is_the_exponentially_weighted_mean_of_the_steps_shares(steps, half_life):
+    batch, history = 10, History(10, half_life)
     for step in steps:
         history.update([seen(labels, i) for i, labels in enumerate(step)])
-    weights = 0.5 ** (batch / HALF_LIFE * np.arange(len(steps))[::-1])
+    weights = 0.5 ** (batch / half_life * np.arange(len(steps))[::-1])
     for dimension in DIMENSIONS:
         rows = np.array([shares(step)[dimension] for step in steps])
         np.testing.assert_allclose(history.population()[dimension], weights @ rows / weights.sum(), atol=1e-12)
