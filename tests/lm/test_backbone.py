@@ -141,6 +141,8 @@ def test_gradients_equal_transformers() -> None:
     theirs = dict(model.named_parameters())
     for name, parameter in backbone.named_parameters():
         torch.testing.assert_close(parameter.grad, theirs[name].grad, rtol=1e-3, atol=1e-6)
+    with torch.no_grad():
+        assert torch.equal(backbone(ids), logits.detach()), "what saves memory where no gradient is made changes no bit"
 
 
 def test_attend_sees_each_layer_once_and_decides_its_attention() -> None:
