@@ -26,6 +26,7 @@ LLAMA3 = {
 
 def oracle(config: dict, seed: int = 0) -> transformers.PreTrainedModel:
     """transformers' model of a published config.json, all weights random (also biases and norms, which start flat)."""
+    torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**config)).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -230,7 +231,7 @@ def test_plain_products_are_the_same_attention(window: int | None, monkeypatch: 
 
 
 def test_bfloat16_rounds_where_transformers_does() -> None:
-    """RoPE angles stay float32 in a bfloat16 model: the logits at positions in the thousands are transformers'."""
+    """RoPE's frequencies and angles stay float32 in a bfloat16 model: the logits over thousands of positions are transformers'."""
     config = BASE | {"model_type": "llama"}
     weights = oracle(config)
     model = transformers.LlamaForCausalLM(weights.config).eval()
@@ -239,10 +240,11 @@ def test_bfloat16_rounds_where_transformers_does() -> None:
             setattr(module, name, torch.nn.Parameter(parameter.bfloat16()))
     model.load_state_dict(weights.state_dict())
     backbone = ours(weights, config).bfloat16()
-    positions = torch.arange(4000, 4012)[None]
+    positions = 333 * torch.arange(12)[None]
     with torch.no_grad():
         theirs = model(token_ids(1, 12), position_ids=positions).logits
-        assert (backbone(token_ids(1, 12), positions) - theirs).abs().max() <= 0.01 * theirs.abs().max()
+        # Products round in ways of the machine's own, which costs 0.018 at most; frequencies in bfloat16 0.037 and more.
+        assert (backbone(token_ids(1, 12), positions) - theirs).abs().max() <= 0.025 * theirs.abs().max()
 
 
 @pytest.mark.parametrize(
