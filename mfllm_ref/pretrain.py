@@ -5,6 +5,7 @@ backbone that can read each of their signals. Documents become rows of tokens in
 """
 
 import json
+import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -216,7 +217,9 @@ def train_steps(
     backbone.train().requires_grad_(True)
     parameters, device = list(backbone.parameters()), next(backbone.parameters()).device
     own, size = ranks.rank(), ranks.world_size()
-    steps, workers = range(start, settings.steps), WORKERS if device.type == "cuda" else 0
+    steps, workers = range(start, settings.steps), 0
+    if device.type == "cuda":
+        workers = min(WORKERS, len(os.sched_getaffinity(0)))
     drawn = batches(corpus, tokenizer, settings.rows, settings.seed, steps, workers)
     started = time.perf_counter()
     for step, batch in zip(steps, drawn, strict=True):
