@@ -227,6 +227,7 @@ def loss_curve(rows: Iterable[Mapping], path: Path, keys: Sequence[str] = ("loss
                 axis.plot(steps, values, color=colour, alpha=0.3)
                 lines += axis.plot(steps, middle, color=colour, linewidth=2, marker="" if span else ".", label=key)
                 axis.tick_params(axis="y", labelcolor=colour)
+                axis.ticklabel_format(useOffset=False)  # "+3.8e3" would stand where the legend does
                 _plain(axis)
                 axis.spines["right"].set_visible(number > 0)
                 axis.grid(visible=not number)

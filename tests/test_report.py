@@ -105,6 +105,15 @@ def test_a_line_ends_where_most_events_do():
     assert np.isfinite(paths["real"]).all()
 
 
+def test_losses_far_from_zero_have_whole_numbers_on_their_axes(tmp_path, monkeypatch):
+    """Not what is left behind an offset, which would be written where the legend stands."""
+    pages, save = [], report._save
+    monkeypatch.setattr(report, "_save", lambda page, path: pages.append(page) or save(page, path))
+    report.loss_curve([{"step": k, "loss": 20.0, "dev_loss": 3826 + k / 100} for k in range(5)], tmp_path / "loss.png")
+    axis = pages[0].axes[1].yaxis
+    assert axis.get_major_formatter().get_offset() == "" and axis.get_ticklabels()[-1].get_text().startswith("3826")
+
+
 def test_loss_curves_of_stages(tmp_path):
     """One panel a stage; nulls and rows without the key are passed over; an empty log is no error."""
     rng = np.random.default_rng(0)
