@@ -274,7 +274,8 @@ def corpora(events: Sequence[Event] | None, batch: int, half_life: float = HALF_
     if not kept:
         raise InputError(f"{len(events)} events are too few to pretrain on and to keep a fifth of for tuning")
     long = [event for event in kept if len(event.actions) >= 10 * batch] or kept
-    corpus = Corpus(chosen, annotate, batch, Mixture(reweighted=0.7), half_life=half_life)
+    mixture = Mixture(reweighted=0.7)  # real populations differ less than agora's: fewer of them teach to read a signal
+    corpus = Corpus(chosen, annotate, batch, mixture, half_life=half_life)
     return corpus, [Past(event, annotate, batch, half_life) for event in long[:HELD_OUT]]
 
 
