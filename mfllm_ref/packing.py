@@ -90,7 +90,7 @@ def _alone(worker: int) -> None:
 def batches(
     corpus: Corpus, tokenizer: Tokenizer, rows: int, seed: int, steps: range, workers: int
 ) -> Iterable[Batch]:  # fmt: skip
-    """The batches of `steps`, `rows` documents each, a pure function of (seed, step). So many `workers`, processes, draw them
-    ahead; 0: they are drawn here, when they are asked for."""
+    """The batches of `steps`, `rows` documents each; each is a pure function of (seed, step). `workers` processes draw them ahead;
+    with 0 this one does, when they are asked for."""
     data = _Batches(corpus, tokenizer, rows, seed)
     return DataLoader(data, None, sampler=steps, num_workers=workers, worker_init_fn=_alone)

@@ -45,7 +45,7 @@ SUMMARY_WEIGHT = 4.0
 HELD_OUT = 20  # events that the response curve is drawn on
 TOKENIZER_DOCUMENTS, POPULATIONS = 6000, 4  # that the tokenizer is trained on: documents, populations in words beside each
 END = "<|endoftext|>"
-WORKERS = 6  # processes that draw batches ahead for a GPU: one takes 90 ms for 36 rows, the GPU 35 for the step
+WORKERS = 6  # processes that draw batches ahead for a GPU: one takes some 90 ms for 36 rows, the GPU 41 for the step
 EMBEDDING = 0.05  # deviation of its first weights
 # Newlines stand alone (they end prompts and sections), and an emoticon in brackets is one piece. A label and its percentage
 # are one piece (` oppose 45%`), with the heading before the first of them (`; stance: support 50%`): what the population does
