@@ -31,7 +31,7 @@ from torch import Tensor
 from kernels.dispatch import runs_triton
 
 CELLS = 2**19  # scores held at once by the path that holds them (they should fit in cache), unless a single agent has more
-UNBOUNDED = 2**62  # and by the one that does not
+WARM = 2**21  # numbers of queries that the other path goes through at once, so that what it makes on the way stays in cache
 FEW = 16  # an agent's query rows for a key head up to which the flash kernel spends more time on each agent than on its rows
 
 
@@ -294,7 +294,7 @@ def _grouped(q: Tensor, prefix_k: Tensor, prefix_v: Tensor, suffix_k: Tensor, su
         shared = shares[..., :prefix] @ prefix_v[worlds, :, :prefix]
         own = _by_agent(shares[..., prefix:], piece) @ suffix_v[some]
         done.append(_by_agent(shared, piece) + own)
-    return _joined(done, q, plan)
+    return _shaped(done[0] if len(done) == 1 else torch.cat(done), q, plan)
 
 
 def _flash(q: Tensor, prefix_k: Tensor, prefix_v: Tensor, suffix_k: Tensor, suffix_v: Tensor, plan: Plan) -> Tensor:
@@ -305,8 +305,9 @@ def _flash(q: Tensor, prefix_k: Tensor, prefix_v: Tensor, suffix_k: Tensor, suff
     # It reads a head's numbers as neighbours, wherever they are.
     inputs = (q, prefix_k, prefix_v, suffix_k, suffix_v)
     q, prefix_k, prefix_v, suffix_k, suffix_v = (x if x.stride(-1) == 1 else x.contiguous() for x in inputs)
-    rows, done = q.reshape(agents, suffix_k.shape[1], -1, head_dim), []  # a key head's queries: group * q_len
-    for piece in plan.pieces(UNBOUNDED):
+    rows = q.reshape(agents, suffix_k.shape[1], -1, head_dim)  # a key head's queries: group * q_len
+    out = rows.new_empty(rows.shape)
+    for piece in plan.pieces(WARM // head_dim * (int(plan.prefix.max()) + plan.suffix_max)):
         some, worlds, prefix = piece.agents, piece.worlds, piece.prefix
         mask = None if piece.mask is None else piece.mask[:, :, 0, 0]  # [worlds, 1, 1, prefix]
         known = prefix_k[worlds, :, :prefix], prefix_v[worlds, :, :prefix]
@@ -316,16 +317,16 @@ def _flash(q: Tensor, prefix_k: Tensor, prefix_v: Tensor, suffix_k: Tensor, suff
         if plan.suffix_mask is not None:  # [agents, 1, 1, q_len, suffix], for the group's heads one below the other
             mask = plan.suffix_mask[some].expand(-1, -1, rows.shape[2] // q_len, -1, -1).flatten(2, 3)
         if rows.shape[2] <= FEW:
-            done.append(_onward(shared, shared_sum, rows[some], suffix_k[some], suffix_v[some], mask))
+            _onward(shared, shared_sum, rows[some], suffix_k[some], suffix_v[some], mask, out[some])
         else:
             own, own_sum = attend(rows[some], suffix_k[some], suffix_v[some], attn_mask=mask)
-            done.append(own.lerp(shared, torch.sigmoid(shared_sum - own_sum[..., None])))
-    return _joined(done, q, plan)
+            torch.lerp(own, shared, torch.sigmoid(shared_sum - own_sum[..., None]), out=out[some])
+    return _shaped(out, q, plan)
 
 
-def _onward(shared: Tensor, shared_sum: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """From averages and log-sum-exps over prefixes on over the agents' own keys, by batched products: with few rows an agent, as
-    in decode, several times as fast as the flash kernel.
+def _onward(shared: Tensor, shared_sum: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor) -> None:
+    """From averages and log-sum-exps over prefixes on over the agents' own keys, by batched products, into `out`: with few rows an
+    agent, as in decode, several times as fast as the flash kernel.
 
     Weights are relative to the prefix's, whose sum is 1 then. Where theirs overflows (a score 88 nats above all of the prefix), the
     result is NaN, and `agent_attention` computes it again in another way."""
@@ -334,11 +335,12 @@ def _onward(shared: Tensor, shared_sum: Tensor, q: Tensor, k: Tensor, v: Tensor,
     weights = torch.baddbmm(start, q.flatten(0, 1), k.flatten(0, 1).mT, alpha=q.shape[-1] ** -0.5).exp_()
     total = torch.baddbmm(shared.flatten(0, 1), weights, v.flatten(0, 1))
     whole = weights.sum(dim=-1, keepdim=True).add_(1)
-    return total.div_(whole.masked_fill_(whole == torch.inf, torch.nan)).view_as(q)  # what is divided by inf may be finite
+    whole.masked_fill_(whole == torch.inf, torch.nan)  # what is divided by inf may be finite
+    torch.div(total, whole, out=out.view_as(total))
 
 
-def _joined(done: list[Tensor], q: Tensor, plan: Plan) -> Tensor:
-    out = (done[0] if len(done) == 1 else torch.cat(done)).reshape(q.shape)
+def _shaped(out: Tensor, q: Tensor, plan: Plan) -> Tensor:
+    out = out.reshape(q.shape)
     return out if plan.padding is None else out.masked_fill(plan.padding, 0)
 
 

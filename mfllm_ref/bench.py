@@ -16,6 +16,7 @@ Notable:
 
 import argparse
 import importlib
+import inspect
 import itertools
 import math
 import statistics
@@ -184,7 +185,8 @@ def throughput(args: argparse.Namespace) -> None:
         def reuse() -> list[str]:
             cache = model(full[:1, : args.prefix], use_cache=True, logits_to_keep=1).past_key_values
             cache.batch_repeat_interleave(len(full))
-            return texts(model.generate(full, past_key_values=cache, **greedy))
+            named = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"  # its name before
+            return texts(model.generate(full, **{named: cache}, **greedy))
 
         return {
             "ours": lambda: lm.generate(rows, args.new, temperature=0),

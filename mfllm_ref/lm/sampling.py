@@ -86,10 +86,10 @@ def sample(logits: Tensor, noise: np.ndarray | None, temperature: float, top_k: 
     Raises FloatingPointError if the logits have no distribution (NaN, or all -inf).
     """
     if temperature != 1:
-        largest = logits.amax(dim=-1, keepdim=True)
+        largest, where = logits.max(dim=-1, keepdim=True)
         if temperature == 0:
             check_finite(largest)
-            return logits.argmax(dim=-1)
+            return where[:, 0]
         logits = (logits - largest) / temperature  # at most 0: a small temperature cannot overflow
     cumulative = truncate(logits, top_k, top_p).softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
     total = cumulative[:, -1:]

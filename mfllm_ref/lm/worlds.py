@@ -17,7 +17,7 @@ from torch import Tensor
 from kernels.agent_attention import Plan, agent_attention
 from mfllm_ref.lm.backbone import Attend, Backbone, causal_attention
 
-PACKED = 4096  # tokens in one forward pass over packed rows
+PACKED = (4096, 2048)  # tokens in one forward pass over packed rows: on a GPU; on a CPU, where what more make leaves the cache
 
 
 @dataclass(frozen=True)
@@ -130,11 +130,11 @@ def _run(
     return backbone.hidden(ids, positions, attend, wanted)[0]
 
 
-def _batches(lengths: np.ndarray) -> list[slice]:
+def _batches(lengths: np.ndarray, device: torch.device) -> list[slice]:
     """Neighbouring rows, cut where a batch would pass PACKED tokens."""
-    cuts, total = [0], 0
+    cuts, total, most = [0], 0, PACKED[device.type == "cpu"]
     for i, length in enumerate(lengths):
-        if total + length > PACKED and i > cuts[-1]:
+        if total + length > most and i > cuts[-1]:
             cuts.append(i)
             total = 0
         total += length
@@ -200,7 +200,7 @@ def run_prefixes(backbone: Backbone, chunk: list[World]) -> Prefixes:
 
     lengths = np.array([len(world.prefix) for world in chunk])
     longest = int(lengths.max())
-    for some in _batches(lengths):
+    for some in _batches(lengths, device):
         packing = Packing(lengths[some], device)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, packing: Packing = packing) -> Tensor:
@@ -227,7 +227,7 @@ def run_suffixes(
     device, last = backbone.lm_head.weight.device, backbone.config.layers - 1
     starts = prefixes.lengths.numpy()[world].astype(np.int64)
     lengths = np.array([len(row) for row in inputs])
-    for some in _batches(lengths):
+    for some in _batches(lengths, device):
         packing, tail = Packing(lengths[some], device), Packing(tails[some], device)
         of = world[some]
         near = slice(int(of[0]), int(of[-1]) + 1)

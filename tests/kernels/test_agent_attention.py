@@ -115,6 +115,17 @@ def test_any_shape_equals_the_oracle(counts, q_len, prefix, suffix, heads, windo
     torch.testing.assert_close(agent_attention_reference(**case, window=window), expected, rtol=0, atol=near)
 
 
+@pytest.mark.parametrize("numbers", [1, 1500, 2**21])
+@pytest.mark.parametrize("q_len", [1, 20])
+def test_a_prefill_and_a_step_in_pieces_equal_the_oracle(monkeypatch, numbers, q_len):
+    """float32 with no empty prefix: the flash kernel's path, an agent at a time, a few at a time, all at once."""
+    case = make([3, 1, 4], q_len, 9, 20, seed=2) | {"prefix_len": torch.tensor([9, 4, 7], dtype=torch.int32)}
+    expected = oracle(case).float()
+    monkeypatch.setattr(MODULE, "WARM", numbers)
+    out = agent_attention(**{name: x.float() if x.is_floating_point() else x for name, x in case.items()})
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-5)
+
+
 TRITON = {
     "counts": st.lists(st.integers(0, 3), min_size=1, max_size=3),
     "q_len": st.sampled_from([1, 1, 3, 17]),

@@ -146,7 +146,7 @@ def test_no_token_depends_on_the_batch(folder, family, temperature, monkeypatch)
     monkeypatch.setattr(lm, "_decode", lambda ids, chunk, *rest: cuts.append(chunk) or decode(ids, chunk, *rest))
     monkeypatch.setattr(language_model, "LOGITS", 3 * VOCAB)
     monkeypatch.setattr(language_model, "CACHE_BYTES", 60 * 1024)
-    monkeypatch.setattr(worlds, "PACKED", 7)
+    monkeypatch.setattr(worlds, "PACKED", (7, 7))
     assert run(order, [worlds_[i] for i in order]) == together
     assert len(cuts) > 4 and max(sum(len(w.agents) for w in chunk) for chunk in cuts) <= 3
 
@@ -178,7 +178,7 @@ def test_gradients_pass_through_the_shared_prefix(folder, family, logits, target
     """An adapter's gradient equals that of the rows run one by one, with the logits made in one go or in pieces, and
     taken when the adapter is off again."""
     monkeypatch.setattr(language_model, "LOGITS", logits)
-    monkeypatch.setattr(worlds, "PACKED", 20)
+    monkeypatch.setattr(worlds, "PACKED", (20, 20))
     lm = LanguageModel.load(folder[family], dtype=torch.float64)
     lm.add_adapter("a", rank=2, targets=targets, seed=0)
     parameters = lm.adapters.parameters("a")

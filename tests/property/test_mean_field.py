@@ -177,7 +177,7 @@ def test_an_agent_does_not_depend_on_how_work_is_cut(random_lm, society, cache, 
         patch.setattr(language_model, "CACHE_BYTES", cache)
         patch.setattr(language_model, "LOGITS", logits)
         patch.setattr(language_model, "GROWTH", growth)
-        patch.setattr(worlds, "PACKED", packed)
+        patch.setattr(worlds, "PACKED", (packed, packed))
         assert run(random_lm, cast(event, TOLD), options) == whole
 
 
