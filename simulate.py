@@ -88,7 +88,8 @@ def main() -> None:
     events = simulation.choose_events(args.data, args.split, args.event, args.events)
     tokens = (args.action_tokens, args.summary_tokens)
     agents = args.agents or (simulation.BUILT_IN_AGENTS if args.data is None else None)
-    settings = Settings(agents, args.batch, args.warmup, args.seed, *tokens, args.chat, args.summary_top_p, args.half_life)
+    half_life = doors.half_life(args)
+    settings = Settings(agents, args.batch, args.warmup, args.seed, *tokens, args.chat, args.summary_top_p, half_life)
     for event in events:
         horizon(event, settings)  # refuses a warm-up that leaves nothing to simulate
     intervention = simulation.read_intervention(args.intervene, events, settings) if args.intervene else None

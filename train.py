@@ -139,7 +139,8 @@ def tuning(args: argparse.Namespace, data: Path | None, out: Path, common: dict)
     todo = tuning.jobs(args.stage, args.method.split(",") if args.method else None, steps, args.beta)
     backbone = args.backbone or doors.CHECKPOINTS / "tiny"
     events, annotate = load_events(data) if data else None, RuleAnnotator()
-    tuned, dev = tuning.choose_events(events, args.leave_out, tuning.pretrained_here(backbone), args.batch, annotate, args.half_life)
+    kept_only = runs.pretraining(backbone).get("data") is not None  # of which it left a fifth for tuning
+    tuned, dev = tuning.choose_events(events, args.leave_out, kept_only, args.batch, annotate, common["half_life"])
 
     lm = LanguageModel.load(backbone, device=str(device), dtype=dtype, spread=args.shard)
     adapters = {"mean-field": args.mean_field_adapter, "policy": args.policy_adapter, "sft": args.sft_adapter}
@@ -188,7 +189,7 @@ def tuning(args: argparse.Namespace, data: Path | None, out: Path, common: dict)
         if {job.name for job in todo} >= {"mean-field", "policy"}:
             # short, as the default has ten minutes in all
             plan = rollout.Settings(150, args.batch, 50, args.seed, summary_tokens=args.summary_tokens,
-                                    summary_top_p=args.summary_top_p, half_life=args.half_life)  # fmt: skip
+                                    summary_top_p=args.summary_top_p, half_life=common["half_life"])  # fmt: skip
             measured = tuning.compare(lm, dev, annotate, ("state", "persistence", "mf-llm-no-ib", "mf-llm"), plan)
             if measured:
                 print(report.table(measured))
@@ -208,7 +209,7 @@ def main() -> None:
     runs.check_place(out, args.resume)
     common = {
         "command": "train.py", "stage": args.stage, "data": str(args.data) if args.data else None, "batch": args.batch,
-        "half_life": args.half_life, "seed": args.seed, "threads": doors.threads(args),
+        "half_life": doors.half_life(args), "seed": args.seed, "threads": doors.threads(args),
     }  # fmt: skip
     data = args.data / args.split if args.data and args.split else args.data
     (pretraining if args.stage == "pretrain" else tuning)(args, data, out, common)

@@ -11,6 +11,7 @@ from typing import NoReturn
 
 from mfllm_ref import ranks
 from mfllm_ref.errors import InputError, Notice
+from mfllm_ref.fields import number_field
 from mfllm_ref.society.prompts import SUMMARY_TOP_P
 from mfllm_ref.society.signals import HALF_LIFE
 
@@ -68,9 +69,22 @@ def share(text: str) -> float:
 
 def add_half_life(parser: argparse._ActionsContainer) -> None:
     """How long a population remembers, to both doors alike."""
-    parser.add_argument("--half-life", type=positive, default=HALF_LIFE, metavar="N", help="actions after which one counts half "
-                        "in the shares of the population, those that pretraining's summaries tell too; give a backbone what it "
-                        f"was pretrained with (default: {HALF_LIFE})")  # fmt: skip
+    parser.add_argument("--half-life", type=positive, metavar="N", help="actions after which one counts half in the shares of "
+                        "the population, those that pretraining's summaries tell too (default: that of the backbone's "
+                        f"pretraining where it was done here, else {HALF_LIFE})")  # fmt: skip
+
+
+def half_life(args: argparse.Namespace) -> int:
+    """--half-life, by default that of the pretraining that made --backbone. InputError for a damaged record of it."""
+    from mfllm_ref import runs
+
+    if args.half_life or args.backbone is None:
+        return args.half_life or HALF_LIFE
+    where = str(args.backbone / runs.RUN_FILE)
+    found = number_field(runs.pretraining(args.backbone), "half_life", where, HALF_LIFE)
+    if found < 1:
+        raise InputError(f"{where}: 'half_life' must be at least 1, not {found:g}")
+    return int(found)
 
 
 def add_summaries(parser: argparse._ActionsContainer) -> None:

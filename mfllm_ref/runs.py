@@ -22,6 +22,7 @@ from pathlib import Path
 
 from mfllm_ref import ranks
 from mfllm_ref.errors import InputError
+from mfllm_ref.fields import an_object, read_json
 
 # Of run.json and log.jsonl:
 TIME_FIELDS = ("started", "ended", "wall_time", "actions_per_second", "seconds", "tokens_per_second")
@@ -177,6 +178,15 @@ def provenance(inputs: Mapping[str, Path]) -> dict:
 
 
 # ---- the folder ----------------------------------------------------------------------------------------------------
+
+
+def pretraining(backbone: Path) -> dict:
+    """The settings with which this project pretrained the checkpoint in a folder; {} for any other. InputError where the run.json
+    that lies there is damaged."""
+    path = backbone / RUN_FILE
+    record = an_object(read_json(path), str(path), "a run's record") if path.is_file() else {}
+    settings = an_object(record.get("settings", {}), str(path), "'settings'")
+    return settings if settings.get("stage") == "pretrain" else {}
 
 
 def _now() -> str:

@@ -18,7 +18,7 @@ from mfllm_ref.errors import InputError
 from mfllm_ref.fields import read_json
 from mfllm_ref.ib_tune import Chains, Settings, Update
 from mfllm_ref.lm import LanguageModel
-from mfllm_ref.runs import RUN_FILE, Run, write_json
+from mfllm_ref.runs import Run, write_json
 from mfllm_ref.society import agora, rollout
 from mfllm_ref.society.corpus import Document, Past, pretraining_part
 from mfllm_ref.society.events import Event, hashed
@@ -106,13 +106,6 @@ def choose_events(
             raise InputError(f"{len(data)} events: an empty split, too few with over {2 * batch} actions to tune and select on")
     tuned, dev = ([Past(event, annotate, batch, half_life) for event in some] for some in (tuned, dev[:DEV_EVENTS]))
     return tuned, dev
-
-
-def pretrained_here(backbone: Path) -> bool:
-    """Whether the checkpoint was pretrained by this project on outside events, of which it then left a fifth for tuning."""
-    path = backbone / RUN_FILE
-    settings = read_json(path).get("settings", {}) if path.is_file() else {}
-    return settings.get("stage") == "pretrain" and settings.get("data") is not None
 
 
 class Tuner:

@@ -1,7 +1,14 @@
 """What both doors share. Their exit codes and errors are tested with the doors themselves."""
 
+import json
 import subprocess
 import sys
+
+import pytest
+
+from mfllm_ref import doors
+from mfllm_ref.errors import InputError
+from mfllm_ref.society.signals import HALF_LIFE
 
 WARNING = """
 import warnings
@@ -18,3 +25,34 @@ def test_a_notice_is_one_line_and_other_warnings_say_where_they_come_from():
     said = subprocess.run([sys.executable, "-c", WARNING], capture_output=True, text=True, check=True).stderr.splitlines()
     assert said[0] == "simulate.py: a notice"
     assert said[1] == "<string>:6: UserWarning: of a library" and said[2].endswith(": Notice: after the door")
+
+
+def asked(backbone, *options):
+    """--half-life as a door has it, of a run with that backbone."""
+    parser = doors.Parser()
+    doors.add_half_life(parser)
+    args = parser.parse_args(options)
+    args.backbone = backbone
+    return doors.half_life(args)
+
+
+RECORDS = {
+    "pretrained here": ({"settings": {"stage": "pretrain", "half_life": 960}}, 960),
+    "tuned here": ({"settings": {"stage": "all", "half_life": 960}}, HALF_LIFE),
+    "pretrained before there was a choice": ({"settings": {"stage": "pretrain"}}, HALF_LIFE),
+    "made elsewhere": ({"job": 3}, HALF_LIFE),
+}
+
+
+@pytest.mark.parametrize("record, expected", RECORDS.values(), ids=RECORDS.keys())
+def test_a_population_remembers_as_long_as_in_its_backbones_pretraining(tmp_path, record, expected):
+    assert asked(None) == asked(tmp_path) == HALF_LIFE
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    assert asked(tmp_path) == expected and asked(tmp_path, "--half-life", "7") == 7
+
+
+@pytest.mark.parametrize("settings", [[], 3, {"stage": "pretrain", "half_life": "long"}, {"stage": "pretrain", "half_life": 0}])
+def test_a_damaged_record_of_pretraining_is_named(tmp_path, settings):
+    (tmp_path / "run.json").write_text(json.dumps({"settings": settings}))
+    with pytest.raises(InputError, match="run.json: 'settings'|run.json: 'half_life'"):
+        asked(tmp_path)
