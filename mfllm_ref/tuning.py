@@ -6,7 +6,6 @@ a policy under one signal. An adapter is selected among its versions by loss on 
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch

@@ -13,7 +13,7 @@ on, as told, without a word of its own, hence spread, calm, neutral, neutral, be
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -168,7 +168,7 @@ def _decide(share: bool, score: Mapping[str, float]) -> tuple[str, ...]:
     )
 
 
-@lru_cache(maxsize=None)
+@cache
 def _rules(language: str) -> _Rules:
     if language not in LANGUAGES:
         raise InputError(f"unknown language {language!r}: the annotator knows {', '.join(LANGUAGES)}")
