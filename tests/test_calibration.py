@@ -12,7 +12,7 @@ import pytest
 from mfllm_ref import calibration, doors, metrics
 from mfllm_ref.calibration import agreement, ceiling, follow, summary_errors
 from mfllm_ref.society import agora, signals
-from mfllm_ref.society.agora_ceiling import RIVALS
+from mfllm_ref.society.agora_ceiling import RIVALS, hear
 from mfllm_ref.society.annotate import RuleAnnotator
 from mfllm_ref.society.corpus import Past
 from mfllm_ref.society.events import DIMENSIONS, Action, Agent, Event, hashed
@@ -40,7 +40,17 @@ def test_calibration():
     table = {name: row.mean() for name, row in ceiling("dev", 24, seeds=1).items()}
     assert table["floor"] <= table["m-blind"] / 4 and table["floor"] <= table["persistence"] / 3
     assert table["floor"] < table["reader"] < 1.5 * table["floor"]
-    assert table["reader"] < table["believer"] < table["topic and m"] < table["m-blind"], "the more is known, the better"
+    assert table["reader"] < table["believer"] < table["topic and shares"] < table["m-blind"], "the more is known, the better"
+
+
+def test_a_hearer_hears_the_shares_that_agents_are_told():
+    """Step by step, those of `signals.History`."""
+    actions, history, heard, weight = agora.event("dev", 1).actions, History(10), np.zeros(3), 0.0
+    for start in range(0, len(actions), 10):
+        labels = [action.labels for action in actions[start : start + 10]]
+        history.update([Seen(str(i), i, "", "", row, 0.0) for i, row in enumerate(labels)])
+        heard, weight = hear(heard, weight, signals.shares(labels)["stance"])
+        assert heard == pytest.approx(history.population()["stance"])
 
 
 def test_fewer_agents_are_their_first_actions(command):
