@@ -44,7 +44,7 @@ def parser() -> doors.Parser:
                      "fifth of them out, for tuning")  # fmt: skip
     out.add_argument("--split", help="folder of that name in --data")
     out.add_argument("--steps", type=updates, default=[], metavar="N[,N]", help="optimizer steps, of each stage or of mean-field "
-                     "and policy (default: 60,180; pretrain: 1500)")  # fmt: skip
+                     "and policy (default: 60,120; pretrain: 1500)")  # fmt: skip
     out.add_argument("--rows", type=doors.positive, help="population steps, or documents, that an update learns from "
                      "(default: 8; pretrain: 9)")  # fmt: skip
     out.add_argument("--lr", type=float, help="peak learning rate (default: mean-field 0.0005, "
@@ -128,7 +128,7 @@ def tuning(args: argparse.Namespace, data: Path | None, out: Path, common: dict)
 
     device, dtype = doors.device_and_dtype(args)
     # As many as ten minutes have room for on two cores that multiply no bfloat16.
-    steps = tuple(args.steps * 2)[:2] or (60, 180)
+    steps = tuple(args.steps * 2)[:2] or (60, 120)
     settings = ib_tune.Settings(
         steps[1], args.rows or 8, args.micro, args.lr, args.samples, args.beta[0],
         args.repetition_penalty, args.summary_tokens, args.summary_top_p, args.clip, args.seed,
