@@ -127,7 +127,7 @@ def tuning(args: argparse.Namespace, data: Path | None, out: Path, common: dict)
     from mfllm_ref.society.response import LEVELS, WATCHED
 
     device, dtype = doors.device_and_dtype(args)
-    # As many as ten minutes have room for on two cores that multiply no bfloat16.
+    # About eight minutes on two cores, of the ten that there are.
     steps = tuple(args.steps * 2)[:2] or (60, 120)
     settings = ib_tune.Settings(
         steps[1], args.rows or 8, args.micro, args.lr, args.samples, args.beta[0],
