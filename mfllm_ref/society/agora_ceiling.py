@@ -3,13 +3,13 @@
     floor             a second continuation of the real process from the same warm-up
     reader            the process by one who knows J and h, and estimates m from the warm-up's stances
     believer          the process by one who knows it all but J, h and m, and infers them from the topic and the warm-up
-    topic and shares  agents who have read the topic, hear the label shares of the population so far, and infer J, h and m from them
+    topic and shares  agents who have read the topic, hear the stance shares of the population so far, and infer J, h and m
     persistence       texts drawn uniformly from the warm-up's
     m-blind           a policy that knows everything but m: at each action m is that of a population whose first opinion
                       was drawn anew, so that the policy is marginalised over the prior of m
 
 The two that do not know J and h act on their expectation over what they believe of them. A mean field of label shares, and a
-policy that reads it, can come as far as "topic and shares"; beyond, it would have to tell how the population came to where it is.
+policy that reads it, can come about as far as "topic and shares"; beyond, it would have to tell how the population came to where it is.
 
 The mean field matters where m-blind is far above the floor; it can be read where the reader is near it.
 """
