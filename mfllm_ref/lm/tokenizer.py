@@ -191,6 +191,7 @@ class _Json(_Model):
     def __init__(self, path: Path, config: dict[str, Any]) -> None:
         spec = read_object(path, required=True)
         try:
+            _check_merges(spec)
             self.full = tokenizers.Tokenizer.from_str(json.dumps(spec))
             named = {_content(config.get(key)) for key in NAMED} - {None}
             self.full.add_special_tokens(sorted(name for name in named if self.full.token_to_id(name) is not None))
@@ -206,7 +207,9 @@ class _Json(_Model):
             self.later = self.plain if once == spec else tokenizers.Tokenizer.from_str(once)
             self.size = max(self.full.get_vocab(with_added_tokens=True).values(), default=-1) + 1
             bare, whole = (self.full.encode("a", add_special_tokens=add).ids for add in (False, True))
-        except Exception as error:  # the library raises nothing more specific
+        except BaseException as error:  # the library raises nothing more specific, and its panics are not even Exceptions
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
             raise InputError(f"{path}: not a tokenizer: {error}") from None
         self.bos = whole[0] if len(whole) > len(bare) and whole[:1] != bare[:1] else None
 
@@ -219,6 +222,17 @@ class _Json(_Model):
 
     def decode(self, batch: list[list[int]]) -> list[str]:
         return self.full.decode_batch(batch, skip_special_tokens=True)
+
+
+def _check_merges(spec: dict[str, Any]) -> None:
+    """Raise ValueError where the second part of a merge lacks the prefix of what continues a word: `tokenizers` cuts off as
+    many bytes unseen, and where that is too many or half a character it ends the process."""
+    model = spec.get("model")
+    prefix = isinstance(model, dict) and model.get("continuing_subword_prefix")
+    for merge in model.get("merges", []) if prefix else []:
+        _, second = merge.split(" ") if isinstance(merge, str) else merge
+        if not second.startswith(prefix):
+            raise ValueError(f"the merge {merge!r:.80} does not continue with continuing_subword_prefix {prefix!r:.80}")
 
 
 def _without_added(spec: dict[str, Any], added: dict[str, Added]) -> dict[str, Any]:

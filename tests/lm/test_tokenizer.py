@@ -329,7 +329,9 @@ def test_bad_input_is_one_line_that_names_it(tmp_path):
         with pytest.raises(InputError) as error:
             call()
         assert "\n" not in str(error.value)
-    for name, content in (("tokenizer.json", b"{}"), ("tokenizer.json", b"\xff"), ("tokenizer.model", b"junk")):
+    post = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<none>", "type_id": 0}}], "pair": [], "special_tokens": {}}
+    panic = json.dumps({"post_processor": post, "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}).encode()
+    for name, content in (("tokenizer.json", b"{}"), ("tokenizer.json", b"\xff"), ("tokenizer.json", panic), ("tokenizer.model", b"junk")):
         folder = tmp_path / f"bad{len(content)}"
         folder.mkdir()
         (folder / name).write_bytes(content)
@@ -337,3 +339,19 @@ def test_bad_input_is_one_line_that_names_it(tmp_path):
             Tokenizer.load(folder)
     with pytest.raises(InputError, match="no tokenizer"):
         Tokenizer.load(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("prefix", ["x", "xx", "\u00e9", "x" * 300])
+@pytest.mark.parametrize("joined", [True, False])
+def test_a_merge_that_does_not_continue_with_the_prefix_is_refused(prefix, joined, tmp_path):
+    """`tokenizers` panics on some such files, which ends the process, and misreads the others."""
+    vocab = {piece: i for i, piece in enumerate(["a", "b", "\u4f60", "ab", "a\u4f60", f"{prefix}b", f"a{prefix}b"])}
+    model = {"type": "BPE", "continuing_subword_prefix": prefix, "vocab": vocab}
+    for merges in ([["a", "b"]], [["a", "\u4f60"]], [["a", f"{prefix}b"], ["a", "b"]]):
+        written = [" ".join(merge) for merge in merges] if joined else merges
+        (tmp_path / "tokenizer.json").write_text(json.dumps({"model": model | {"merges": written}}))
+        with pytest.raises(InputError, match="tokenizer.json: not a tokenizer: the merge .* does not continue with"):
+            Tokenizer.load(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": model | {"merges": [["a", f"{prefix}b"]]}}))
+    tokenizer = Tokenizer.load(tmp_path)
+    assert tokenizer.encode("ab") == [vocab["ab"]]
