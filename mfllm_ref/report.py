@@ -233,6 +233,7 @@ def loss_curve(rows: Iterable[Mapping], path: Path, keys: Sequence[str] = ("loss
                 axis.grid(visible=not number)
             panel.set_title(stage, loc="left")
             panel.set_xlabel("step")
+            panel.locator_params(axis="x", integer=True)
             if lines:
                 panel.legend(handles=lines, frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderpad=0)
         for panel in panels[len(stages) :]:
