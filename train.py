@@ -71,6 +71,8 @@ def parser() -> doors.Parser:
     tune.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient (default: 1)")
     tune.add_argument("--repetition-penalty", type=float, default=0.0, metavar="X", help="off the reward for each repeated "
                       "token of a summary (default: 0)")  # fmt: skip
+    tune.add_argument("--reweighted", type=float, default=0.0, metavar="P", help="part of a policy's steps whose population is "
+                      "made up: actions drawn anew so that one dimension's shares are random, and those shares told (default: 0)")  # fmt: skip
     doors.add_summaries(tune)
     make = out.add_argument_group("pretraining")
     make.add_argument("--model-type", choices=("qwen2", "qwen3", "llama", "mistral"), default="qwen2",
@@ -132,7 +134,7 @@ def tuning(args: argparse.Namespace, data: Path | None, out: Path, common: dict)
     settings = ib_tune.Settings(
         steps[1], args.rows or 8, args.micro, args.lr, args.samples, args.beta[0],
         args.repetition_penalty, args.summary_tokens, args.summary_top_p, args.clip, args.seed,
-        mixed=args.dtype == "auto" and device.type == "cpu" and doors.fast_bfloat16(),
+        reweighted=args.reweighted, mixed=args.dtype == "auto" and device.type == "cpu" and doors.fast_bfloat16(),
     )  # fmt: skip
     for beta in args.beta:
         dataclasses.replace(settings, beta=beta).check()

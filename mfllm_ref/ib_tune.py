@@ -52,6 +52,7 @@ class Settings:
     clip: float = 1.0
     seed: int = 0
     mixed: bool = False  # gradients by products in bfloat16 of float32 weights
+    reweighted: float = 0.0  # of the steps that a policy learns from, where it is told something: see Past.reweighted
 
     def check(self) -> None:
         """Raises InputError for what cannot be."""
@@ -63,6 +64,8 @@ class Settings:
             raise InputError(f"--lr {self.lr:g}: must lie between 0 and 1")
         if not self.clip > 0:
             raise InputError(f"--clip {self.clip:g}: must be positive")
+        if not 0 <= self.reweighted <= 1:
+            raise InputError(f"--reweighted {self.reweighted:g}: must lie between 0 and 1")
         if not self.repetition_penalty >= 0:
             raise InputError(f"--repetition-penalty {self.repetition_penalty:g}: cannot be negative")
 

@@ -212,6 +212,7 @@ class Tuner:
                 return some[i].told(step, ib_tune.signal_of(written[i][step]))
             return some[i].policy(step, job.signal, some[i].batch)
 
+        kind = "empirical" if job.signal == "mean-field" else job.signal  # of no such population a mean field was written
         mine, theirs = (fields, dev_fields) if job.signal == "mean-field" else ([], [])
         fixed = [told(self.dev, theirs, i, step) for i, p in enumerate(self.dev) for step in DEV_STEPS if step < p.steps]
         if not fixed:
@@ -222,7 +223,10 @@ class Tuner:
             rows = [int(i) for i in rng.integers(len(pasts), size=settings.rows)]
             places = [(i, int(rng.integers(1, pasts[i].steps))) for i in rows]
             named = ", ".join(f"{pasts[i].event.id} step {at}" for i, at in places)
-            documents = [told(pasts, mine, i, at) for i, at in places]
+            documents = [
+                pasts[i].reweighted(kind, pasts[i].batch, rng) if kind != "none" and rng.random() < settings.reweighted
+                else told(pasts, mine, i, at) for i, at in places
+            ]  # fmt: skip
             return ib_tune.policy_update(self.lm, documents, settings, job.name, named)
 
         def select() -> float:

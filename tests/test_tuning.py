@@ -12,8 +12,12 @@ from mfllm_ref.lm import LanguageModel
 from mfllm_ref.runs import TIME_FIELDS
 from mfllm_ref.society import agora
 from mfllm_ref.society.annotate import RuleAnnotator
-from mfllm_ref.society.readers import write_events
+from mfllm_ref.society.corpus import Past
+from mfllm_ref.society.events import DIMENSIONS
+from mfllm_ref.society.prompts import WORDING
+from mfllm_ref.society.readers import load_events, write_events
 from mfllm_ref.society.response import response_curves
+from mfllm_ref.society.signals import parse
 
 ANNOTATE = RuleAnnotator()
 
@@ -136,6 +140,36 @@ def test_several_betas_draw_the_information_plane(options, tmp_path, door):
     assert (out / "beta-10" / "mean-field" / "adapter_config.json").exists()
 
 
+@pytest.mark.parametrize("part", [0, 0.5, 1])
+def test_the_part_of_made_up_populations_is_the_one_asked_for(part, data, options, tmp_path, monkeypatch, door):
+    """Made-up populations are no real steps, and an agent who is told nothing has none."""
+    seen, update = {}, ib_tune.policy_update
+
+    def watched(lm, documents, settings, adapter, named):
+        seen.setdefault(adapter, []).extend(documents)
+        return update(lm, documents, settings, adapter, named)
+
+    monkeypatch.setattr(ib_tune, "policy_update", watched)
+    methods = ["--stage", "sft", "--method", "sft,recent-sft,empirical-sft"]
+    assert door(*options, *methods, "--rows", 4, "--reweighted", part, "--out", tmp_path / "out")[0] == 0
+    pasts = [Past(event, ANNOTATE, 10) for event in load_events(data)]
+    for adapter, kind in (("sft", "none"), ("recent-sft", "recent"), ("empirical-sft", "empirical")):
+        real = {past.policy(step, kind, 10) for past in pasts for step in range(past.steps)}
+        found = sum(document not in real for document in seen[adapter]) / len(seen[adapter])
+        assert found == part if part in (0, 1) and kind != "none" else 0 < found < 1 if kind != "none" else found == 0
+
+
+def test_a_made_up_population_is_told_as_a_mean_field_tells_it(options, tmp_path, monkeypatch, door):
+    seen, update = [], ib_tune.policy_update
+    monkeypatch.setattr(ib_tune, "policy_update", lambda lm, documents, *rest: (seen.extend(documents), update(lm, documents, *rest))[1])
+    methods = ["--stage", "policy", "--method", "mf-llm-no-ib-mf"]
+    assert door(*options, *methods, "--reweighted", 1, "--out", tmp_path / "out")[0] == 0
+    assert len(seen) == 8  # four updates of two rows
+    for document in seen:
+        (line,) = [line for line in document.prefix.splitlines() if line.startswith(WORDING["en"].population)]
+        assert set(parse(line.removeprefix(WORDING["en"].population), "en")) == set(DIMENSIONS) and len(document.branches) == 10
+
+
 def test_a_loss_that_becomes_nan_names_step_and_batch_and_leaves_the_last_good_adapter(options, tmp_path, monkeypatch, door):
     apply = ib_tune.apply
 
@@ -157,6 +191,7 @@ def test_a_loss_that_becomes_nan_names_step_and_batch_and_leaves_the_last_good_a
     (["--beta", "0"], "--beta 0"), (["--beta", "1,-2", "--stage", "mean-field"], "--beta -2"), (["--beta", "x"], "--beta"),
     (["--samples", "1"], "--samples 1"), (["--method", "state"], "--method"), (["--stage", "policy"], "--mean-field-adapter"),
     (["--leave-out", "nobody"], "--leave-out nobody"), (["--split", "nowhere"], "nowhere"), (["--clip", "0"], "--clip 0"),
+    (["--reweighted", "1.5"], "--reweighted 1.5"), (["--reweighted", "nan"], "--reweighted nan"),
     (["--beta", "1,2", "--stage", "mean-field"], "--sft-adapter"),
 ])  # fmt: skip
 def test_bad_options_are_one_line(options, tmp_path, arguments, said, door):
