@@ -156,7 +156,8 @@ def test_the_part_of_made_up_populations_is_the_one_asked_for(part, data, option
     for adapter, kind in (("sft", "none"), ("recent-sft", "recent"), ("empirical-sft", "empirical")):
         real = {past.policy(step, kind, 10) for past in pasts for step in range(past.steps)}
         found = sum(document not in real for document in seen[adapter]) / len(seen[adapter])
-        assert found == part if part in (0, 1) and kind != "none" else 0 < found < 1 if kind != "none" else found == 0
+        expected = 0 if kind == "none" else part
+        assert found == expected if expected in (0, 1) else 0 < found < 1
 
 
 def test_a_made_up_population_is_told_as_a_mean_field_tells_it(options, tmp_path, monkeypatch, door):
