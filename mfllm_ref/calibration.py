@@ -26,7 +26,7 @@ from mfllm_ref.society.events import DIMENSIONS, Event, hashed
 from mfllm_ref.society.prompts import SUMMARY_TOP_P
 from mfllm_ref.society.readers import load_events
 from mfllm_ref.society.rollout import Annotator
-from mfllm_ref.society.signals import HALF_LIFE, parse, verbalise
+from mfllm_ref.society.signals import HALF_LIFE, moved, parse, verbalise
 
 TINY = doors.CHECKPOINTS / "tiny"
 FOLLOWED = [(0.0, HALF_LIFE), *((slope, memory) for memory in (HALF_LIFE, math.inf, None) for slope in (0.5, 0.8, 1.0))]
@@ -68,8 +68,7 @@ def follow(
             drawn.append(now)
             if memory is None:
                 continue
-        weight = retention * weight + 1
-        population = population + (metrics.label_shares(now)[0] - population) / weight
+        population, weight = moved(population, weight, metrics.label_shares(now)[0], retention)
     return np.concatenate(drawn)
 
 

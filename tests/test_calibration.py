@@ -12,7 +12,7 @@ import pytest
 from mfllm_ref import calibration, doors, metrics
 from mfllm_ref.calibration import agreement, ceiling, follow, summary_errors
 from mfllm_ref.society import agora, signals
-from mfllm_ref.society.agora_ceiling import RIVALS, hear
+from mfllm_ref.society.agora_ceiling import HEARD, RIVALS
 from mfllm_ref.society.annotate import RuleAnnotator
 from mfllm_ref.society.corpus import Past
 from mfllm_ref.society.events import DIMENSIONS, Action, Agent, Event, hashed
@@ -49,7 +49,7 @@ def test_a_hearer_hears_the_shares_that_agents_are_told():
     for start in range(0, len(actions), 10):
         labels = [action.labels for action in actions[start : start + 10]]
         history.update([Seen(str(i), i, "", "", row, 0.0) for i, row in enumerate(labels)])
-        heard, weight = hear(heard, weight, signals.shares(labels)["stance"])
+        heard, weight = signals.moved(heard, weight, signals.shares(labels)["stance"], HEARD)
         assert heard == pytest.approx(history.population()["stance"])
 
 

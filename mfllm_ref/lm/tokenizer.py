@@ -229,10 +229,14 @@ def _check_merges(spec: dict[str, Any]) -> None:
     many bytes unseen, and where that is too many or half a character it ends the process."""
     model = spec.get("model")
     prefix = isinstance(model, dict) and model.get("continuing_subword_prefix")
-    for merge in model.get("merges", []) if prefix else []:
-        _, second = merge.split(" ") if isinstance(merge, str) else merge
+    for first, second in _merges(model) if prefix else []:
         if not second.startswith(prefix):
-            raise ValueError(f"the merge {merge!r:.80} does not continue with continuing_subword_prefix {prefix!r:.80}")
+            raise ValueError(f"the merge {[first, second]!r:.80} does not continue with continuing_subword_prefix {prefix!r:.80}")
+
+
+def _merges(model: dict[str, Any]) -> list[Sequence[str]]:
+    """A BPE model's merges as pairs: older files write them as text with a space between."""
+    return [merge.split(" ") if isinstance(merge, str) else merge for merge in model.get("merges", [])]
 
 
 def _without_added(spec: dict[str, Any], added: dict[str, Added]) -> dict[str, Any]:
@@ -253,9 +257,8 @@ def _without_added(spec: dict[str, Any], added: dict[str, Added]) -> dict[str, A
         model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
     if "merges" in model:
         infix = model.get("continuing_subword_prefix") or ""
-        merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
         model["merges"] = [
-            [a, b] for a, b in merges if not {a, b, a + b.removeprefix(infix)} & names.keys()
+            [a, b] for a, b in _merges(model) if not {a, b, a + b.removeprefix(infix)} & names.keys()
         ]  # fmt: skip
     return {**spec, "model": model, "added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
 

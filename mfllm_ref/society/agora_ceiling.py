@@ -22,11 +22,12 @@ import numpy as np
 from mfllm_ref.society import agora
 from mfllm_ref.society.agora import NOISE, STANCES, UPDATE, WARMUP
 from mfllm_ref.society.events import Action, Event
-from mfllm_ref.society.signals import HALF_LIFE
+from mfllm_ref.society.signals import HALF_LIFE, moved
 
 PRIOR, BELIEVED = 200_000, 1_000  # worlds drawn from the prior, and how many of them that agree with a topic are weighed
 SIMULATED, NEAR = 60_000, 200  # worlds that are simulated, and how many of those that agree best with what is heard are believed
 UTILITIES = 60  # populations of the train split whose agents they have
+HEARD = agora.memory(HALF_LIFE, UPDATE)  # what the shares that agents hear keep of their weight in a step
 POPULATIONS = 64  # populations with a first opinion of their own, over which m-blind is marginalised
 
 
@@ -85,12 +86,6 @@ def _drawn(p: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return (rng.random((*p.shape[:-1], 1)) > p.cumsum(axis=-1)[..., :2]).sum(axis=-1)
 
 
-def hear(shares: np.ndarray, weight: float, now: np.ndarray) -> tuple[np.ndarray, float]:
-    """Shares of the population so far, and their weight, after a step with the shares `now`: as `signals.History` has them."""
-    weight = agora.memory(HALF_LIFE, UPDATE) * weight + 1
-    return shares + (now - shares) / weight, weight
-
-
 @lru_cache(maxsize=1)
 def simulated() -> tuple[np.ndarray, np.ndarray]:
     """The first SIMULATED worlds of `beliefs` without shocks: m and the shares heard, each [steps, worlds, 3], at every step's start."""
@@ -105,7 +100,7 @@ def simulated() -> tuple[np.ndarray, np.ndarray]:
         p = agora.choice_probabilities(people, coupling[:, None, None], base[:, None], opinion[:, None])
         now = (_drawn(p, rng)[..., None] == np.arange(3)).mean(axis=1)
         opinion = keep * opinion + (1 - keep) * now
-        heard, weight = hear(heard, weight, now)
+        heard, weight = moved(heard, weight, now, HEARD)
     return np.stack(opinions), np.stack(told)
 
 
@@ -129,7 +124,7 @@ def hearer(event: Event, seed: int) -> list[Action]:
                 p = agora.choice_probabilities(here.utility[i], 1.0, field, coupling[near, None] * opinion)
                 stances.append(int(rng.choice(3, p=p.mean(axis=0))))
                 actions.append(agora.act(here, i, stances[-1], opinion.mean(axis=0), rng.random(NOISE)))
-        heard, weight = hear(heard, weight, np.bincount([stances[i] for i in span], minlength=3) / len(span))
+        heard, weight = moved(heard, weight, np.bincount([stances[i] for i in span], minlength=3) / len(span), HEARD)
     return actions
 
 

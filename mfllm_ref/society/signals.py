@@ -127,6 +127,13 @@ class Seen:
     parent: int | None = None  # known for real actions only
 
 
+def moved(mean: np.ndarray, weight: float, now: np.ndarray, retention: float) -> tuple[np.ndarray, float]:
+    """(mean, weight) of all steps so far, after one with the shares `now`; what was before keeps `retention` of its weight."""
+    weight = retention * weight + 1
+    # Moving the mean by its distance to `now` keeps it exactly where it is when there is no distance.
+    return mean + (now - mean) / weight, weight
+
+
 class History:
     """The past of one world, as far as signals need it: O(1) memory however long the event."""
 
@@ -151,11 +158,10 @@ class History:
         for seen in step:
             if seen.parent is not None:
                 self.children[seen.parent] = self.children.get(seen.parent, 0) + 1
-        self.weight = self.retention * self.weight + 1
-        now = shares([seen.labels for seen in step])
-        # Moving the mean by its distance to `now` keeps it exactly where it is when there is no distance.
-        before = now | (self.mean or {})
-        self.mean = {dimension: p + (now[dimension] - p) / self.weight for dimension, p in before.items()}
+        now, weight = shares([seen.labels for seen in step]), self.weight
+        self.mean = now | (self.mean or {})
+        for dimension, p in self.mean.items():
+            self.mean[dimension], self.weight = moved(p, weight, now[dimension], self.retention)
 
     def population(self) -> Shares | None:
         """Exponentially weighted label shares of all actions so far (`half_life` in actions); None before the first."""
