@@ -81,10 +81,10 @@ MUTANTS = [
     Mutant(FIELD + "test_warm_up_texts_are_the_real_ones_byte_for_byte", rollout._act,
            "[state.world.event.actions[i].text for", "[state.world.event.actions[i].text.strip() for"),
     # (5) fixed point, (8) scaling
-    Mutant(FIELD + "test_a_population_that_does_not_change_is_a_fixed_point", History.update,
-           "p + (now[dimension] - p) / self.weight", "(p * (self.weight - 1) + now[dimension]) / self.weight"),
+    Mutant(FIELD + "test_a_population_that_does_not_change_is_a_fixed_point", signals.moved,
+           "mean + (now - mean) / weight", "(mean * (weight - 1) + now) / weight"),
     Mutant(FIELD + "test_duplicating_every_agent_leaves_the_empirical_shares_unchanged", History.update,
-           "self.retention * self.weight", "0.9 ** len(step) * self.weight"),
+           "now[dimension], self.retention", "now[dimension], 0.9 ** len(step)"),
     Mutant(FIELD + "test_duplicating_every_agent_leaves_the_empirical_shares_unchanged", signals.shares,
            "counts / counts.sum()", "(counts + 0.5) / (counts + 0.5).sum()"),
     # (6) law of large numbers
