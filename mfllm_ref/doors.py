@@ -17,6 +17,7 @@ from mfllm_ref.society.signals import HALF_LIFE
 
 CHECKPOINTS = Path(__file__).resolve().parents[1] / "checkpoints"  # what runs use by default: tiny/ and tiny-adapters/
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+KEPT_SHAPES = 64  # for which oneDNN, and PyTorch on top of it, keep the code of a product: more than one pass over a model has
 
 
 class Parser(argparse.ArgumentParser):
@@ -96,7 +97,13 @@ def add_summaries(parser: argparse._ActionsContainer) -> None:
 
 
 def threads(args: argparse.Namespace) -> int:
-    """Set torch's threads from --threads (explicitly: launchers like torchrun preset 1) and return their number."""
+    """Set torch's threads from --threads (explicitly: launchers like torchrun preset 1) and return their number.
+
+    Also bounds what a CPU's bfloat16 products keep: every step has lengths of its own, and by default what oneDNN made for
+    the last 1,024 shapes stays in memory, over half a megabyte each.
+    """
+    for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # read when the first product is made
+        os.environ.setdefault(cache, str(KEPT_SHAPES))
     import torch
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -27,6 +27,25 @@ def test_a_notice_is_one_line_and_other_warnings_say_where_they_come_from():
     assert said[1] == "<string>:6: UserWarning: of a library" and said[2].endswith(": Notice: after the door")
 
 
+SHAPES = """
+import argparse
+from mfllm_ref import doors, scale
+doors.threads(argparse.Namespace(threads=1))
+import torch
+weight = torch.ones(192, 192, dtype=torch.bfloat16)
+def products(lengths):
+    for length in lengths:
+        torch.nn.functional.linear(torch.ones(length, 192, dtype=torch.bfloat16), weight)
+    return scale.peak_memory() / 1e6
+print(-products(range(1, 101)) + products(range(101, 601)))
+"""
+
+
+def test_products_of_ever_new_shapes_take_no_more_memory_in_bfloat16():
+    grown = subprocess.run([sys.executable, "-c", SHAPES], capture_output=True, text=True, check=True).stdout
+    assert float(grown) < 100, f"{grown} MB; a CPU that multiplies no bfloat16 keeps nothing anyway"
+
+
 def asked(backbone, *options):
     """--half-life as a door has it, of a run with that backbone."""
     parser = doors.Parser()
