@@ -37,7 +37,7 @@ def products(lengths):
     for length in lengths:
         torch.nn.functional.linear(torch.ones(length, 192, dtype=torch.bfloat16), weight)
     return scale.peak_memory() / 1e6
-print(-products(range(1, 101)) + products(range(101, 601)))
+print(-products(range(1, 201)) + products(range(201, 801)))
 """
 
 

@@ -28,7 +28,7 @@ from mfllm_ref.lm.checkpoint import load_backbone, shard
 from mfllm_ref.lm.lora import Adapters
 from mfllm_ref.lm.sampling import check_finite, hash_seeds, penalise, sample, square, uniforms
 from mfllm_ref.lm.tokenizer import Tokenizer
-from mfllm_ref.lm.worlds import World, cost, cut, members, prefill, run_prefixes, run_step, run_suffixes
+from mfllm_ref.lm.worlds import World, cost, cut, members, prefill, rounded, run_prefixes, run_step, run_suffixes
 
 CACHE_BYTES = 2**30  # keys and values held by one chunk
 LOGITS = 2**24  # logits held at once
@@ -325,8 +325,9 @@ class LanguageModel:
                 break
             if seen is not None:
                 seen[:, -max_new_tokens + step] = chosen
-            if (~alive).sum() > DEAD * len(alive):
-                rows = np.flatnonzero(alive)
+            left = min(len(alive), rounded(int(alive.sum()), self.backbone.lm_head.weight))
+            if len(alive) - left > DEAD * len(alive):
+                rows = np.sort(np.argsort(~alive, kind="stable")[:left])
                 keep = torch.from_numpy(rows).to(device)
                 cache_k, cache_v = (cache.index_select(1, keep) for cache in (cache_k, cache_v))
                 prefixes, world = prefixes.keep(world[rows])

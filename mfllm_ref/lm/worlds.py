@@ -19,6 +19,8 @@ from mfllm_ref.lm.backbone import Attend, Backbone, causal_attention
 
 PACKED = (4096, 2048)  # tokens in one forward pass over packed rows: on a GPU; on a CPU, where what more make leaves the cache
 
+GRAIN = 16  # rows of a CPU's bfloat16 products come in multiples of this: see `rounded`
+
 
 @dataclass(frozen=True)
 class World:
@@ -94,23 +96,32 @@ class Attention:
         )  # fmt: skip
 
 
+def rounded(count: int, weight: Tensor) -> int:
+    """`count` rows, and so many more that few numbers of them occur where each costs: for every shape of a product in bfloat16
+    oneDNN makes code on a CPU, half a millisecond and over half a megabyte, and rollouts have ever new lengths."""
+    return -(-count // GRAIN) * GRAIN if weight.device.type == "cpu" and weight.dtype == torch.bfloat16 else count
+
+
 class Packing:
     """Rows of different lengths, packed end to end.
 
     `pad` lays packed [1, heads, tokens, d] out as [rows, heads, longest, d], by `left` (a row begins in the first slot)
     or `right` (it ends in the last), with some token's numbers in surplus slots. `pack` undoes it, by `from_left` or
-    `from_right`.
+    `from_right`; packed tokens are `total` (default: as many as the rows have), the surplus ones at the end.
     """
 
-    def __init__(self, lengths: np.ndarray, device: torch.device) -> None:
+    def __init__(self, lengths: np.ndarray, device: torch.device, total: int | None = None) -> None:
         self.lengths, self.longest, self.ends = lengths, int(lengths.max()), np.cumsum(lengths)
+        self.total = int(self.ends[-1]) if total is None else total
         sizes, slots = lengths[:, None], np.arange(self.longest)
         begins, blank = self.ends[:, None] - sizes, self.longest - sizes
         left = np.minimum(begins + np.minimum(slots, sizes - 1).clip(0), max(0, self.ends[-1] - 1))
         right = begins + np.maximum(slots - blank, 0)
         self.left, self.right = (torch.from_numpy(index).to(device) for index in (left, right))
-        self.from_left = torch.from_numpy(np.flatnonzero(slots < sizes)).to(device)
-        self.from_right = torch.from_numpy(np.flatnonzero(slots >= blank)).to(device)
+        surplus = (0, self.total - int(self.ends[-1]))
+        self.from_left, self.from_right = (
+            torch.from_numpy(np.pad(np.flatnonzero(used), surplus)).to(device) for used in (slots < sizes, slots >= blank)
+        )
 
     def pad(self, x: Tensor, index: Tensor) -> Tensor:
         return x[0].transpose(0, 1)[index].transpose(1, 2)
@@ -124,9 +135,10 @@ def _run(
 ) -> Tensor:  # fmt: skip
     """Hidden states [wanted, dim] of packed rows whose first tokens stand at positions `starts`."""
     device = backbone.lm_head.weight.device
-    ids = np.array([[id for row in rows for id in row]], dtype=np.int64)
-    positions = np.arange(ids.shape[1]) - np.repeat(packing.ends - packing.lengths - starts, packing.lengths)
-    ids, positions, wanted = (torch.from_numpy(x).to(device) for x in (ids, positions[None], wanted))
+    ids = np.array([id for row in rows for id in row], dtype=np.int64)
+    positions = np.arange(len(ids)) - np.repeat(packing.ends - packing.lengths - starts, packing.lengths)
+    ids, positions = (np.pad(x, (0, packing.total - len(x)))[None] for x in (ids, positions))
+    ids, positions, wanted = (torch.from_numpy(x).to(device) for x in (ids, positions, wanted))
     return backbone.hidden(ids, positions, attend, wanted)[0]
 
 
@@ -201,7 +213,7 @@ def run_prefixes(backbone: Backbone, chunk: list[World]) -> Prefixes:
     lengths = np.array([len(world.prefix) for world in chunk])
     longest = int(lengths.max())
     for some in _batches(lengths, device):
-        packing = Packing(lengths[some], device)
+        packing = Packing(lengths[some], device, rounded(int(lengths[some].sum()), backbone.lm_head.weight))
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, packing: Packing = packing) -> Tensor:
             k, v = packing.pad(k, packing.left), packing.pad(v, packing.left)
@@ -228,7 +240,8 @@ def run_suffixes(
     starts = prefixes.lengths.numpy()[world].astype(np.int64)
     lengths = np.array([len(row) for row in inputs])
     for some in _batches(lengths, device):
-        packing, tail = Packing(lengths[some], device), Packing(tails[some], device)
+        packing = Packing(lengths[some], device, rounded(int(lengths[some].sum()), backbone.lm_head.weight))
+        tail = Packing(tails[some], device)
         of = world[some]
         near = slice(int(of[0]), int(of[-1]) + 1)
         local = Prefixes([k[near] for k in prefixes.k], [v[near] for v in prefixes.v], prefixes.lengths[near])
@@ -258,7 +271,7 @@ def prefill(
     """Run all prompts of a chunk, the worlds of each adapter (neighbours in the chunk) after `enter(adapter)`: (prefixes,
     final hidden states of the last tokens [agents, dim], caches as `run_step` takes them, with so many slots)."""
     config, weight = backbone.config, backbone.lm_head.weight
-    shape = (2, config.layers, len(inputs), config.kv_heads, int(slots), config.head_dim)
+    shape = (2, config.layers, len(inputs), config.kv_heads, rounded(int(slots), weight), config.head_dim)
     caches = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
     ones = np.ones(len(inputs), dtype=np.int64)
     parts, hidden = [], []

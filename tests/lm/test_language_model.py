@@ -223,6 +223,30 @@ def test_prefixes_are_computed_once_and_finished_agents_are_dropped(lm, monkeypa
     assert texts == [text[:cut] for text, cut in zip(full, expected, strict=True)]
 
 
+def test_rows_in_multiples_change_nothing(lm, monkeypatch):
+    """Invariant: with the surplus rows that a CPU's bfloat16 products get, texts and log-probabilities are what they were."""
+    prompts, worlds_ = prompts_of(4, 8, seed=5)
+
+    def run():
+        texts = lm.generate(prompts, 16, worlds=worlds_, stop=["e", "a", "o", "i"])
+        return texts, lm.log_prob(prompts, ["who knows", "", "a rumor !", "no"] * (len(prompts) // 4), worlds_)
+
+    (texts, scores), sizes = run(), []
+    for module in (worlds, language_model):
+        monkeypatch.setattr(module, "rounded", lambda count, weight: -(-count // 7) * 7)
+    hidden = lm.backbone.hidden
+    monkeypatch.setattr(lm.backbone, "hidden", lambda ids, *rest: sizes.append(ids.numel()) or hidden(ids, *rest))
+    again, rescored = run()
+    assert again == texts and torch.allclose(rescored, scores, rtol=1e-12, atol=1e-12)
+    assert 21 in sizes and {size % 7 for size in sizes if size != len(prompts)} == {0}
+
+
+@pytest.mark.parametrize("dtype, device, expected", [("bfloat16", "cpu", 48), ("float32", "cpu", 33), ("bfloat16", "meta", 33)])
+def test_rows_come_in_multiples_where_each_number_of_them_costs(dtype, device, expected):
+    weight = torch.empty(0, dtype=getattr(torch, dtype), device=device)
+    assert worlds.rounded(33, weight) == expected and worlds.rounded(0, weight) == 0
+
+
 def test_text_ends_before_the_first_stop_string(lm):
     prompts, worlds_ = prompts_of(2, 4, seed=6)
     full = lm.generate(prompts, max_new_tokens=30, worlds=worlds_)
