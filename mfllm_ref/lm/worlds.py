@@ -18,7 +18,6 @@ from kernels.agent_attention import Plan, agent_attention
 from mfllm_ref.lm.backbone import Attend, Backbone, causal_attention
 
 PACKED = (4096, 2048)  # tokens in one forward pass over packed rows: on a GPU; on a CPU, where what more make leaves the cache
-
 GRAIN = 16  # rows of a CPU's bfloat16 products come in multiples of this: see `rounded`
 
 
