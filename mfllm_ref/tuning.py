@@ -30,7 +30,7 @@ MEAN_FIELD, POLICY = "mean-field", "policy"
 RIVALS = ("sft", "recent-sft", "popular-sft", "empirical-sft")
 DEV_EVENTS, DEV_STEPS = 24, (3, 8)  # held-out events that select an adapter, and the steps of theirs that a policy writes
 SELECTIONS = 5  # how often the dev events are looked at
-# Learning rates. At the plane's, as many updates take each beta near to where it leads.
+# Learning rates. At the plane's, as many updates move a summary by nats.
 MEAN_FIELD_LR, PLANE_LR, POLICY_LR = 5e-4, 4e-3, 1e-3
 SHOWN = 7  # events that the table before and after is made of
 
