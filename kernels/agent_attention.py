@@ -88,12 +88,13 @@ class Plan:
 
     heads, q_len and suffix_max are q's and suffix_k's sizes; the rest are agent_attention's own arguments. The tensors
     may live on any device. What PyTorch (`pieces`, masks) or Triton (`blocks`, lengths) needs is made on `device` when it
-    is first asked for. Raises ValueError for lengths that cannot be.
+    is first asked for. grain: PyTorch's products read prefixes in multiples of so many keys, as far as there are slots, where
+    every shape costs. Raises ValueError for lengths that cannot be.
     """
 
     def __init__(
         self, heads: int, q_len: int, prefix_len: Tensor, prefix_max: int, suffix_len: Tensor, suffix_max: int,
-        world: Tensor, window: int | None = None, device: torch.device | str = "cpu",
+        world: Tensor, window: int | None = None, device: torch.device | str = "cpu", grain: int = 1,
     ) -> None:  # fmt: skip
         prefix, own, of = (x.detach().cpu().numpy().astype(np.int64) for x in (prefix_len, suffix_len, world))
         if len(own) != len(of) or (of[1:] < of[:-1]).any() or (len(of) and not 0 <= of[0] <= of[-1] < len(prefix)):
@@ -106,7 +107,7 @@ class Plan:
         if window is not None and len(of) and window >= prefix.max() + own.max():
             window = None
         self.shape, self.device, self.window, self.suffix_max = (len(of), heads, q_len), device, window, suffix_max
-        self.prefix, self.own, self.of = prefix, own, of
+        self.prefix, self.own, self.of, self.prefix_max, self.grain = prefix, own, of, prefix_max, grain
         self.row = own[:, None] - q_len + np.arange(q_len)  # suffix position of each query row
         self.counts = np.bincount(of, minlength=len(prefix))
         self._tables: dict[tuple[bool, int, int, bool], Tensor] = {}
@@ -186,7 +187,7 @@ class Plan:
         end = begin + take if take else ends[stop - 1]
         sizes = np.array([take]) if take else counts[start:stop]
         lengths, width = prefix[start:stop], int(sizes.max())
-        longest = int(lengths.max())
+        longest = min(self.prefix_max, -(-int(lengths.max()) // self.grain) * self.grain)
         slots = back = None
         agent = np.minimum((np.cumsum(sizes) - sizes)[:, None] + np.arange(width), sizes.sum() - 1).ravel()
         if (sizes != width).any():

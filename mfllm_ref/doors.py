@@ -17,7 +17,7 @@ from mfllm_ref.society.signals import HALF_LIFE
 
 CHECKPOINTS = Path(__file__).resolve().parents[1] / "checkpoints"  # what runs use by default: tiny/ and tiny-adapters/
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
-KEPT_SHAPES = 128  # for which oneDNN, and PyTorch on top of it, keep what they made of a product
+KEPT_SHAPES = 256  # for which oneDNN, and PyTorch on top of it, keep what they made of a product
 
 
 class Parser(argparse.ArgumentParser):

@@ -18,7 +18,7 @@ from kernels.agent_attention import Plan, agent_attention
 from mfllm_ref.lm.backbone import Attend, Backbone, causal_attention
 
 PACKED = (4096, 2048)  # tokens in one forward pass over packed rows: on a GPU; on a CPU, where what more make leaves the cache
-GRAIN = 16  # rows of a CPU's bfloat16 products come in multiples of this: see `rounded`
+GRAINS, LONG = (16, 64), 1024  # rows of a CPU's bfloat16 products come in multiples of the first, above so many of the second
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Prefixes:
             return self, world
         index = torch.from_numpy(left)
         there = index.to(self.k[0].device)
-        longest = int(self.lengths[index].max())
+        longest = rounded(int(self.lengths[index].max()), self.k[0])
         k, v = ([x[there, :, :longest] for x in layers] for layers in (self.k, self.v))
         return Prefixes(_laid(k), v, self.lengths[index]), renumbered
 
@@ -82,7 +82,7 @@ class Attention:
         self.plans = {
             window: Plan(
                 backbone.config.heads, q_len, prefixes.lengths, prefixes.k[0].shape[2], self.lengths, suffix_max,
-                self.world, window, prefixes.k[0].device,
+                self.world, window, prefixes.k[0].device, grain(prefixes.k[0].shape[2], prefixes.k[0]),
             )
             for window in set(self.windows)
         }  # fmt: skip
@@ -95,10 +95,19 @@ class Attention:
         )  # fmt: skip
 
 
+def grain(count: int, weight: Tensor) -> int:
+    """Of what about `count` rows or keys should come in multiples, so that few numbers of them occur where each costs: for every
+    shape of a product in bfloat16 oneDNN makes code on a CPU, half a millisecond and over half a megabyte, and rollouts have
+    ever new lengths."""
+    if weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
+        return 1
+    return GRAINS[count > LONG]
+
+
 def rounded(count: int, weight: Tensor) -> int:
-    """`count` rows, and so many more that few numbers of them occur where each costs: for every shape of a product in bfloat16
-    oneDNN makes code on a CPU, half a millisecond and over half a megabyte, and rollouts have ever new lengths."""
-    return -(-count // GRAIN) * GRAIN if weight.device.type == "cpu" and weight.dtype == torch.bfloat16 else count
+    """`count`, and what is missing to a multiple of its `grain`."""
+    multiple = grain(count, weight)
+    return -(-count // multiple) * multiple
 
 
 class Packing:
@@ -106,12 +115,13 @@ class Packing:
 
     `pad` lays packed [1, heads, tokens, d] out as [rows, heads, longest, d], by `left` (a row begins in the first slot)
     or `right` (it ends in the last), with some token's numbers in surplus slots. `pack` undoes it, by `from_left` or
-    `from_right`; packed tokens are `total` (default: as many as the rows have), the surplus ones at the end.
+    `from_right`. There are `total` packed tokens, `rounded` for a model with such a `weight`, as `longest` is; the surplus
+    ones are the last.
     """
 
-    def __init__(self, lengths: np.ndarray, device: torch.device, total: int | None = None) -> None:
-        self.lengths, self.longest, self.ends = lengths, int(lengths.max()), np.cumsum(lengths)
-        self.total = int(self.ends[-1]) if total is None else total
+    def __init__(self, lengths: np.ndarray, device: torch.device, weight: Tensor | None = None) -> None:
+        self.lengths, self.ends = lengths, np.cumsum(lengths)
+        self.longest, self.total = (int(n) if weight is None else rounded(int(n), weight) for n in (lengths.max(), self.ends[-1]))
         sizes, slots = lengths[:, None], np.arange(self.longest)
         begins, blank = self.ends[:, None] - sizes, self.longest - sizes
         left = np.minimum(begins + np.minimum(slots, sizes - 1).clip(0), max(0, self.ends[-1] - 1))
@@ -210,9 +220,9 @@ def run_prefixes(backbone: Backbone, chunk: list[World]) -> Prefixes:
     parts: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(config.layers)]
 
     lengths = np.array([len(world.prefix) for world in chunk])
-    longest = int(lengths.max())
+    longest = rounded(int(lengths.max()), backbone.lm_head.weight)
     for some in _batches(lengths, device):
-        packing = Packing(lengths[some], device, rounded(int(lengths[some].sum()), backbone.lm_head.weight))
+        packing = Packing(lengths[some], device, backbone.lm_head.weight)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, packing: Packing = packing) -> Tensor:
             k, v = packing.pad(k, packing.left), packing.pad(v, packing.left)
@@ -239,7 +249,7 @@ def run_suffixes(
     starts = prefixes.lengths.numpy()[world].astype(np.int64)
     lengths = np.array([len(row) for row in inputs])
     for some in _batches(lengths, device):
-        packing = Packing(lengths[some], device, rounded(int(lengths[some].sum()), backbone.lm_head.weight))
+        packing = Packing(lengths[some], device, backbone.lm_head.weight)
         tail = Packing(tails[some], device)
         of = world[some]
         near = slice(int(of[0]), int(of[-1]) + 1)

@@ -232,8 +232,7 @@ def test_rows_in_multiples_change_nothing(lm, monkeypatch):
         return texts, lm.log_prob(prompts, ["who knows", "", "a rumor !", "no"] * (len(prompts) // 4), worlds_)
 
     (texts, scores), sizes = run(), []
-    for module in (worlds, language_model):
-        monkeypatch.setattr(module, "rounded", lambda count, weight: -(-count // 7) * 7)
+    monkeypatch.setattr(worlds, "grain", lambda count, weight: 7)
     hidden = lm.backbone.hidden
     monkeypatch.setattr(lm.backbone, "hidden", lambda ids, *rest: sizes.append(ids.numel()) or hidden(ids, *rest))
     again, rescored = run()
@@ -245,6 +244,7 @@ def test_rows_in_multiples_change_nothing(lm, monkeypatch):
 def test_rows_come_in_multiples_where_each_number_of_them_costs(dtype, device, expected):
     weight = torch.empty(0, dtype=getattr(torch, dtype), device=device)
     assert worlds.rounded(33, weight) == expected and worlds.rounded(0, weight) == 0
+    assert worlds.rounded(1025, weight) == (1088 if expected == 48 else 1025)
 
 
 def test_text_ends_before_the_first_stop_string(lm):
