@@ -37,13 +37,13 @@ def products(lengths):
     for length in lengths:
         torch.nn.functional.linear(torch.ones(length, 192, dtype=torch.bfloat16), weight)
     return scale.peak_memory() / 1e6
-print(-products(range(1, 201)) + products(range(201, 801)))
+print(-products(range(1, 401)) + products(range(401, 1001)))
 """
 
 
 def test_products_of_ever_new_shapes_take_no_more_memory_in_bfloat16():
     grown = subprocess.run([sys.executable, "-c", SHAPES], capture_output=True, text=True, check=True).stdout
-    assert float(grown) < 100, f"{grown} MB; a CPU that multiplies no bfloat16 keeps nothing anyway"
+    assert float(grown) < 200, f"{grown} MB; a CPU that multiplies no bfloat16 keeps nothing anyway"
 
 
 def asked(backbone, *options):
