@@ -4,7 +4,7 @@ Notable:
 - Prompts of one world begin alike (topic, posts, signal). Their longest common token prefix is run through the backbone
   once, and every agent of the world attends to it (kernels.agent_attention). Each prompt keeps its last token outside.
 - Decoding runs all agents of all worlds in one batch, one token a step. Rows of finished agents are dropped as soon as
-  they are over an eighth of the batch.
+  they are over an eighth of the batch (in bfloat16 on a CPU in multiples: `worlds.grain`).
 - Work is cut into chunks that bound memory. The cut depends on lengths and options only, never on the machine or on how
   many processes share the chunks (`ranks`).
 """
