@@ -25,6 +25,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -188,12 +189,15 @@ def throughput(args: argparse.Namespace) -> None:
             named = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"  # its name before
             return texts(model.generate(full, **{named: cache}, **greedy))
 
-        return {
-            "ours": lambda: lm.generate(rows, args.new, temperature=0),
-            "(a)": lambda: texts(model.generate(full, **greedy)), "(b)": reuse,
-        }  # fmt: skip
+        def ours(graphs: bool) -> list[str]:
+            lm.graphs = graphs
+            return lm.generate(rows, args.new, temperature=0)
 
-    rows = [["agents", "ours, actions/s", "(a)", "(b)", "ours / (a)", "ours / (b)", "FLOPs (a) / ours",
+        run = {"ours": partial(ours, True), "(a)": lambda: texts(model.generate(full, **greedy)), "(b)": reuse}
+        return run | ({"no graphs": partial(ours, False)} if device.type == "cuda" else {})
+
+    launched = ["ours, no CUDA graphs"] if device.type == "cuda" else []
+    rows = [["agents", "ours, actions/s", "(a)", "(b)", *launched, "ours / (a)", "ours / (b)", "FLOPs (a) / ours",
              "GFLOP/action, formula", "counted", "ours, GFLOP/s", "KV read (b) / ours"]]  # fmt: skip
     ties = 0
     for agents in args.agents:

@@ -4,7 +4,8 @@ Notable:
 - Prompts of one world begin alike (topic, posts, signal). Their longest common token prefix is run through the backbone
   once, and every agent of the world attends to it (kernels.agent_attention). Each prompt keeps its last token outside.
 - Decoding runs all agents of all worlds in one batch, one token a step. Rows of finished agents are dropped as soon as
-  they are over an eighth of the batch (in bfloat16 on a CPU in multiples: `worlds.grain`).
+  they are over an eighth of the batch (in bfloat16 on a CPU in multiples: `worlds.grain`). On a GPU steps are replayed as a
+  CUDA graph (`graphs`), and half of the batch may have finished before a new one is recorded.
 - Work is cut into chunks that bound memory. The cut depends on lengths and options only, never on the machine or on how
   many processes share the chunks (`ranks`).
 """
@@ -25,16 +26,17 @@ from mfllm_ref import ranks
 from mfllm_ref.errors import InputError
 from mfllm_ref.lm.backbone import Backbone
 from mfllm_ref.lm.checkpoint import load_backbone, shard
+from mfllm_ref.lm.graphs import Replay, replayable
 from mfllm_ref.lm.lora import Adapters
 from mfllm_ref.lm.sampling import check_finite, hash_seeds, penalise, sample, square, uniforms
 from mfllm_ref.lm.tokenizer import Tokenizer
-from mfllm_ref.lm.worlds import World, cost, cut, members, prefill, rounded, run_prefixes, run_step, run_suffixes
+from mfllm_ref.lm.worlds import Step, World, cost, cut, members, prefill, rounded, run_prefixes, run_suffixes
 
 CACHE_BYTES = 2**30  # keys and values held by one chunk
 LOGITS = 2**24  # logits held at once
 GROWTH = 16  # slots by which a full cache grows: most agents end long before max_new_tokens
 ROWS = (2048, 256)  # agents in a chunk that processes may share, about: on a GPU; on a CPU, where more gain little
-DEAD = 1 / 8  # share of finished rows above which a batch is compacted
+DEAD = (1 / 2, 1 / 8)  # share of finished rows above which a batch is compacted: where that ends a graph; elsewhere
 
 Prompt = str | Sequence[int]
 
@@ -50,6 +52,7 @@ class LanguageModel:
     def __init__(self, backbone: Backbone, tokenizer: Tokenizer) -> None:
         self.backbone, self.tokenizer = backbone.eval(), tokenizer
         self.adapters = Adapters(backbone)
+        self.graphs = True  # decode by CUDA graphs on a GPU; False launches every kernel by itself
 
     @classmethod
     def load(
@@ -288,7 +291,10 @@ class LanguageModel:
         world = np.repeat(np.arange(len(chunk)), [len(w.agents) for w in chunk])
         inputs = [row[len(chunk[w].prefix) :] for row, w in zip(prompts, world, strict=True)]
         lengths = np.array([len(row) for row in inputs])
-        prefixes, hidden, (cache_k, cache_v) = prefill(self.backbone, chunk, inputs, world, lengths.max() + GROWTH, enter)
+        graphs = self.graphs and not ranks.in_step() and replayable(self.backbone.lm_head.weight)
+        slots = lengths.max() + (max_new_tokens if graphs else GROWTH)
+        prefixes, hidden, (cache_k, cache_v) = prefill(self.backbone, chunk, inputs, world, slots, enter)
+        feed: Step | Replay | None = None
         names = list(dict.fromkeys(w.adapter for w in chunk))
         adapter = np.array([names.index(chunk[w].adapter) for w in world])  # by row
         self.adapters.mix(names, adapter)
@@ -326,7 +332,7 @@ class LanguageModel:
             if seen is not None:
                 seen[:, -max_new_tokens + step] = chosen
             left = min(len(alive), rounded(int(alive.sum()), self.backbone.lm_head.weight))
-            if len(alive) - left > DEAD * len(alive):
+            if len(alive) - left > DEAD[not graphs] * len(alive):
                 rows = np.sort(np.argsort(~alive, kind="stable")[:left])
                 keep = torch.from_numpy(rows).to(device)
                 cache_k, cache_v = (cache.index_select(1, keep) for cache in (cache_k, cache_v))
@@ -334,10 +340,12 @@ class LanguageModel:
                 lengths, row_of, alive, chosen = lengths[rows], row_of[rows], alive[rows], chosen[keep]
                 adapter = adapter[rows]
                 self.adapters.mix(names, adapter)
-                seen = None if seen is None else seen[keep]
+                seen, feed = None if seen is None else seen[keep], None
             if lengths.max() + step + 1 > cache_k.shape[3]:
                 cache_k, cache_v = (F.pad(cache, (0, 0, 0, GROWTH)) for cache in (cache_k, cache_v))
-            hidden = run_step(self.backbone, chosen, lengths + step + 1, world, prefixes, cache_k, cache_v)
+            if feed is None or not graphs:
+                feed = (Replay if graphs else Step)(self.backbone, lengths + step + 1, world, prefixes, cache_k, cache_v)
+            hidden = feed(chosen)
         return [row[:count].tolist() for row, count in zip(tokens, counts, strict=True)]
 
     def _texts(self, batch: Sequence[np.ndarray]) -> list[str]:

@@ -278,7 +278,7 @@ def prefill(
     enter: Callable[[str | None], None],
 ) -> tuple[Prefixes, Tensor, tuple[Tensor, Tensor]]:  # fmt: skip
     """Run all prompts of a chunk, the worlds of each adapter (neighbours in the chunk) after `enter(adapter)`: (prefixes,
-    final hidden states of the last tokens [agents, dim], caches as `run_step` takes them, with so many slots)."""
+    final hidden states of the last tokens [agents, dim], caches as `Step` takes them, with so many slots)."""
     config, weight = backbone.config, backbone.lm_head.weight
     shape = (2, config.layers, len(inputs), config.kv_heads, rounded(int(slots), weight), config.head_dim)
     caches = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
@@ -299,22 +299,40 @@ def prefill(
     return Prefixes.join(parts), torch.cat(hidden), (caches[0], caches[1])
 
 
-def run_step(
-    backbone: Backbone, ids: Tensor, lengths: np.ndarray, world: np.ndarray, prefixes: Prefixes,
-    cache_k: Tensor, cache_v: Tensor,
-) -> Tensor:  # fmt: skip
-    """Feed one token to every agent: ids [agents]; lengths, their suffixes' with this token -> hidden [agents, dim].
-    Caches [layers, agents, kv_heads, slots, head_dim] are written in place."""
-    _, agents, kv_heads, slots, head_dim = cache_k.shape
-    # All slots, also the unused ones: products of whole tensors are up to 7 times as fast as those of slices.
-    attention = Attention(backbone, prefixes, lengths, world, 1, slots)
-    row = np.arange(agents * kv_heads).reshape(agents, -1) * slots + lengths[:, None] - 1  # in [.., head_dim]
-    row = torch.from_numpy(row.ravel()).to(ids.device)
-    positions = torch.from_numpy(prefixes.lengths.numpy()[world] + lengths - 1).to(ids.device)[:, None]
+class Step:
+    """Feeds one token to every agent: what a decode step needs beside the backbone. Caches [layers, agents, kv_heads, slots,
+    head_dim] are written in place; world [agents], non-decreasing.
 
-    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        for cache, new in ((cache_k, k), (cache_v, v)):
-            cache[layer].view(-1, head_dim).index_copy_(0, row, new.reshape(-1, head_dim))
-        return attention(layer, q, cache_k[layer], cache_v[layer])
+    lengths: the agents' suffixes' with this token. planned: lengths that attention is laid out for, if others; where Triton
+    computes it, it reads the true ones from a tensor, which `advance` moves on.
+    """
 
-    return backbone.hidden(ids[:, None], positions, attend)[:, 0]
+    def __init__(
+        self, backbone: Backbone, lengths: np.ndarray, world: np.ndarray, prefixes: Prefixes, cache_k: Tensor,
+        cache_v: Tensor, planned: np.ndarray | None = None,
+    ) -> None:  # fmt: skip
+        _, agents, kv_heads, slots, self.head_dim = cache_k.shape
+        self.backbone, self.caches, device = backbone, (cache_k, cache_v), cache_k.device
+        # All slots, also the unused ones: products of whole tensors are up to 7 times as fast as those of slices.
+        self.attention = Attention(backbone, prefixes, lengths if planned is None else planned, world, 1, slots)
+        row = np.arange(agents * kv_heads).reshape(agents, -1) * slots + lengths[:, None] - 1  # in [.., head_dim]
+        self.row = torch.from_numpy(row.ravel()).to(device)
+        self.positions = torch.from_numpy(prefixes.lengths.numpy()[world] + lengths - 1).to(device)[:, None]
+        if planned is not None:
+            for plan in self.attention.plans.values():
+                plan.lengths[1].copy_(torch.from_numpy(lengths))
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        """ids int64 [agents] -> hidden [agents, dim]."""
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            for cache, new in zip(self.caches, (k, v), strict=True):
+                cache[layer].view(-1, self.head_dim).index_copy_(0, self.row, new.reshape(-1, self.head_dim))
+            return self.attention(layer, q, *(cache[layer] for cache in self.caches))
+
+        return self.backbone.hidden(ids[:, None], self.positions, attend)[:, 0]
+
+    def advance(self) -> None:
+        """On to the next token, where Triton computes attention: nothing but additions to tensors that stay where they are."""
+        for tensor in (self.row, self.positions, *(plan.lengths[1] for plan in self.attention.plans.values())):
+            tensor.add_(1)

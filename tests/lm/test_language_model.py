@@ -262,8 +262,8 @@ def test_text_ends_before_the_first_stop_string(lm):
 def test_a_stop_string_ends_the_work_too(lm, monkeypatch):
     """Where every text holds a stop string early on, decoding takes few of its steps."""
     prompts, _ = prompts_of(2, 4, seed=6)
-    steps, run_step = [], language_model.run_step
-    monkeypatch.setattr(language_model, "run_step", lambda *args: steps.append(1) or run_step(*args))
+    steps, step = [], language_model.Step.__call__
+    monkeypatch.setattr(language_model.Step, "__call__", lambda self, ids: steps.append(1) or step(self, ids))
     full = lm.generate(prompts, max_new_tokens=30)
     all_steps = len(steps)
     assert all(full) and lm.generate(prompts, max_new_tokens=30, stop=[text[0] for text in full]) == [""] * len(full)
