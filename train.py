@@ -79,6 +79,8 @@ def parser() -> doors.Parser:
                       help="family (default: qwen2); a mistral has a sliding window of 256 tokens")  # fmt: skip
     make.add_argument("--shape", choices=("tiny", "small"), help="size: tiny 2.9 M parameters, small 6.6 M "
                       "(default: tiny for the built-in world, small for --data)")  # fmt: skip
+    make.add_argument("--dropout", type=float, metavar="P", help="part of what a layer adds that is left out while training "
+                      "(default: 0 for the built-in world, of which there is always more; 0.15 for --data)")  # fmt: skip
     doors.add_common(out)
     return out
 
@@ -87,10 +89,11 @@ def pretraining(args: argparse.Namespace, data: Path | None, out: Path, common: 
     from mfllm_ref import pretrain, ranks, report, runs
     from mfllm_ref.society.readers import load_events
 
+    dropout = (0.15 if args.data else 0.0) if args.dropout is None else args.dropout
     settings = {
         **common, "model_type": args.model_type, "shape": args.shape or ("small" if args.data else "tiny"),
         "steps": (args.steps or [1500])[0], "rows": args.rows or 9, "lr": 4e-3 if args.lr is None else args.lr,
-        "save_every": args.save_every or 100,
+        "save_every": args.save_every or 100, "dropout": dropout,
     }  # fmt: skip
     if args.shard:
         raise doors.InputError("--shard: is for a frozen backbone, which pretraining has not")
@@ -98,6 +101,8 @@ def pretraining(args: argparse.Namespace, data: Path | None, out: Path, common: 
         raise doors.InputError(f"--steps {','.join(map(str, args.steps))}: pretraining is one stage")
     if not 0 < settings["lr"] < 1:
         raise doors.InputError(f"--lr {args.lr}: must lie between 0 and 1")
+    if not 0 <= dropout < 1:
+        raise doors.InputError(f"--dropout {args.dropout}: must be at least 0 and below 1")
     if settings["rows"] < ranks.world_size():
         raise doors.InputError(f"--rows {settings['rows']}: fewer than the {ranks.world_size()} processes that share them")
     if args.dtype not in ("auto", "float32", "bfloat16"):

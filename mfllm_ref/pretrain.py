@@ -194,7 +194,7 @@ def optimizers(backbone: Backbone, lr: float, products: torch.dtype = torch.floa
 @dataclass(frozen=True, slots=True)
 class Settings:
     """How a backbone is pretrained. `rows` documents a step; `lr` is the peak learning rate of both optimizers; `mixed`:
-    bfloat16 products of the float32 weights."""
+    bfloat16 products of the float32 weights; `dropout`: of what each half of a layer adds."""
 
     steps: int = 1500
     rows: int = 9
@@ -202,6 +202,7 @@ class Settings:
     seed: int = 0
     clip: float = 1.0
     mixed: bool = False
+    dropout: float = 0.0
 
 
 def train_steps(
@@ -222,7 +223,10 @@ def train_steps(
         workers = min(WORKERS, len(os.sched_getaffinity(0)))
     drawn = batches(corpus, tokenizer, settings.rows, settings.seed, steps, workers)
     started = time.perf_counter()
+    for layer in backbone.model.layers:
+        layer.dropout.p = settings.dropout
     for step, batch in zip(steps, drawn, strict=True):
+        torch.manual_seed(settings.seed * settings.steps + step)  # dropout's noise
         columns = (batch.ids, batch.positions, batch.segments, batch.targets)
         with torch.autocast(device.type, torch.bfloat16, enabled=settings.mixed):
             nats, targets = loss_sums(backbone, Batch(*(t[own::size].to(device) for t in columns), batch.sorts[own::size]))
@@ -274,7 +278,9 @@ def corpora(events: Sequence[Event] | None, batch: int, half_life: float = HALF_
     if not kept:
         raise InputError(f"{len(events)} events are too few to pretrain on and to keep a fifth of for tuning")
     long = [event for event in kept if len(event.actions) >= 10 * batch] or kept
-    mixture = Mixture(reweighted=0.7)  # real populations differ less than agora's: fewer of them teach to read a signal
+    # Real populations differ less than agora's, so fewer of them teach to read a signal; and there are few of them, so that a
+    # backbone learns them by heart, where it should learn which words go with a label, whatever the topic.
+    mixture = Mixture(reweighted=0.7, foreign=0.5)
     corpus = Corpus(chosen, annotate, batch, mixture, half_life=half_life)
     return corpus, [Past(event, annotate, batch, half_life) for event in long[:HELD_OUT]]
 
@@ -298,7 +304,7 @@ def run(run: Run, settings: Mapping[str, Any], events: Sequence[Event] | None, d
     initialise(backbone, generator)
     share_embeddings(backbone, ShareTokens(tokenizer, shape.dim, EMBEDDING, generator))
     backbone.to(device)
-    plan = Settings(settings["steps"], settings["rows"], settings["lr"], settings["seed"], mixed=settings["mixed"])
+    plan = Settings(**{name: settings[name] for name in ("steps", "rows", "lr", "seed", "mixed", "dropout")})
     tuned = optimizers(backbone, plan.lr, torch.bfloat16 if plan.mixed else torch.float32)
     log, start = run.lines("log.jsonl"), 0
     if (earlier := load_state(state, device)) is not None:

@@ -88,6 +88,23 @@ def test_an_update_weighs_a_summarys_tokens_more(mixed):
     assert row["loss"] == pytest.approx(loss.item(), rel=1e-6) and row["gradient_norm"] == pytest.approx(norm.item(), rel=1e-3)
 
 
+def test_dropout_is_noise_of_the_step_while_training_and_nothing_after():
+    """The same seed drops the same, another one other numbers; a loaded or finished backbone drops nothing."""
+    corpus = Corpus(2, RuleAnnotator(), 10, Mixture(), lambda index: agora.event("train", index))
+    tokenizer = Tokenizer.load(Path(__file__).resolve().parents[1] / "checkpoints" / "tiny")
+    backbone = Backbone(pretrain.config_for("qwen2", pretrain.Shape(32, 2, 4, 2, 48, 0), tokenizer.vocab_size))
+
+    def losses(dropout, start):
+        trained, plan = copy.deepcopy(backbone), pretrain.Settings(steps=4, rows=2, dropout=dropout)
+        steps = pretrain.train_steps(trained, tokenizer, corpus, plan, start, [])  # nothing is learned
+        return [row["loss"] for row in steps], LanguageModel(trained, tokenizer)
+
+    (usual, _), (some, lm), (again, _), (late, _) = losses(0.0, 0), losses(0.5, 0), losses(0.5, 0), losses(0.5, 2)
+    assert some == again and late == some[2:] and all(a != b for a, b in zip(usual, some, strict=True))
+    ids = torch.tensor([[5, 6, 7]])
+    assert torch.equal(lm.backbone(ids), backbone.eval()(ids))
+
+
 def test_optimizer_state_survives_tensors():
     torch.manual_seed(0)
     shape = pretrain.Shape(dim=16, layers=1, heads=2, kv_heads=1, intermediate=16, vocab=300)
@@ -217,6 +234,7 @@ def test_products_are_bfloat16_where_the_cpu_multiplies_it_fast(tmp_path, monkey
 
 @pytest.mark.parametrize(("arguments", "said"), [
     (["--data", "nowhere"], "nowhere"), (["--lr", "7"], "--lr 7"), (["--steps", "0"], "--steps"), (["--stage", "x"], "--stage"),
+    (["--stage", "pretrain", "--dropout", "1"], "--dropout 1"), (["--stage", "pretrain", "--dropout", "nan"], "--dropout nan"),
     (["--stage", "pretrain", "--dtype", "float64"], "--dtype float64"), (["--stage", "pretrain", "--steps", "3,4"], "--steps 3,4"),
 ])  # fmt: skip
 def test_bad_options_are_one_line(tmp_path, arguments, said, door):

@@ -149,13 +149,14 @@ class Layer(nn.Module):
         self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
         self.mlp = MLP(config)
+        self.dropout = nn.Dropout(0.0)
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend | None, wanted: Tensor | None = None
     ) -> Tensor:  # fmt: skip
         mixed = self.self_attn(self.input_layernorm(x), cos, sin, attend, wanted)
-        x = (x if wanted is None else x[:, wanted]) + mixed
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = (x if wanted is None else x[:, wanted]) + self.dropout(mixed)
+        return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
 
 
 class Backbone(nn.Module):

@@ -17,6 +17,7 @@ from mfllm_ref.society.signals import HALF_LIFE, RECENT, History, Seen, Shares, 
 
 KINDS = ("none", "recent", "popular", "empirical")
 LOST = 0.1  # how often a dimension is missing in a summary that another one is to follow from: see Past.mean_field
+FOREIGN = 7  # see Mixture.foreign
 TUNING_SHARE = 0.21  # of an outside data set's events, kept from pretraining for tuning later: 200 of 952
 
 
@@ -83,27 +84,30 @@ class Past:
         prefix = prompts.policy_shared(event.language, event.topic, self.posts(step), signal)
         return Document(prefix, tuple(_branch(event.language, seen) for seen in self.actions(step, width)))
 
-    def reweighted(self, kind: str, width: int, rng: np.random.Generator) -> Document:
+    def reweighted(self, kind: str, width: int, rng: np.random.Generator, others: Sequence["Past"] = ()) -> Document:
         """A population that this event did not have: actions drawn so that a random dimension's shares are random, and a
-        signal of `kind` that tells of just that population.
+        signal of `kind` that tells of just that population. Its people may be those of `others` too.
 
         Real populations differ too little from each other, for the same topic, to teach a small model within minutes that
-        the signal is worth reading.
+        the signal is worth reading. And what a topic's own people say can be learned by heart, signal and all; what those of
+        others would say there cannot.
         """
-        event = self.event
-        counts = {d: np.bincount(codes, minlength=len(DIMENSIONS[d])) for d, codes in self.codes.items()}
+        event, pasts = self.event, (self, *others)
+        everyone = [seen for past in pasts for seen in past.seen]
+        codes = {d: np.concatenate([past.codes[d] for past in pasts]) for d in DIMENSIONS}
+        counts = {d: np.bincount(some, minlength=len(DIMENSIONS[d])) for d, some in codes.items()}
         varied = [d for d, n in counts.items() if np.count_nonzero(n) > 1]
-        weights = np.full(len(self.seen), 1 / len(self.seen))
+        weights = np.full(len(everyone), 1 / len(everyone))
         if varied:
             dimension = varied[int(rng.integers(len(varied)))]
             present = np.flatnonzero(counts[dimension])
             share = np.zeros(len(counts[dimension]))
             share[present] = rng.dirichlet(np.full(len(present), 0.5)) / counts[dimension][present]
-            weights = share[self.codes[dimension]] / share[self.codes[dimension]].sum()
-        drawn = [self.seen[i] for i in rng.choice(len(weights), size=width + RECENT, p=weights)]
+            weights = share[codes[dimension]] / share[codes[dimension]].sum()
+        drawn = [everyone[i] for i in rng.choice(len(weights), size=width + RECENT, p=weights)]
         signal = Signal(kind, tuple(seen.text for seen in drawn[width:]))
         if kind == "empirical":
-            population = {d: np.bincount(codes, weights, len(DIMENSIONS[d])) for d, codes in self.codes.items()}
+            population = {d: np.bincount(some, weights, len(DIMENSIONS[d])) for d, some in codes.items()}
             signal = Signal("population", (verbalise(population, event.language),))
         prefix = prompts.policy_shared(event.language, event.topic, [], signal)
         return Document(prefix, tuple(_branch(event.language, seen) for seen in drawn[:width]))
@@ -175,6 +179,7 @@ class Mixture:
     signals: tuple[float, ...] = (0.12, 0.16, 0.16, 0.56)  # of the policy documents, in the order of KINDS
     shuffled: float = 0.0  # of the policy documents: the signal is another event's
     reweighted: float = 0.4  # of the policy documents with a signal: see Past.reweighted
+    foreign: float = 0.0  # of the reweighted: people of FOREIGN other events are drawn from too
     width: int = 32  # actions a policy document, as far as they fit in its row
     counted: float = 0.25  # of the other summaries: see Past.counted
     few: int = 8  # populations of a counted document, as far as they fit in its row
@@ -211,6 +216,8 @@ class Corpus:
         step = int(rng.integers(past.steps))
         kind = KINDS[int(rng.choice(len(KINDS), p=mixture.signals))]
         if kind != "none" and rng.random() < mixture.reweighted:
-            return kind, past.reweighted(kind, mixture.width, rng)
+            guests = FOREIGN if mixture.foreign and rng.random() < mixture.foreign else 0
+            others = [self.past(int(i)) for i in rng.integers(self.count, size=guests)]
+            return kind, past.reweighted(kind, mixture.width, rng, others)
         other = self.past(int(rng.integers(self.count))) if rng.random() < mixture.shuffled else None
         return kind, past.policy(step, kind, mixture.width, other)

@@ -95,17 +95,34 @@ def test_a_shuffled_document_keeps_all_but_the_signal(past):
     assert own.prefix != shuffled.prefix
 
 
-def test_a_reweighted_document_tells_of_the_population_it_shows(past):
-    """Over many actions, the shares a reweighted document states are those of its branches' labels."""
+@pytest.mark.parametrize("others", [[], [1, 2, 3]])
+def test_a_reweighted_document_tells_of_the_population_it_shows(past, others):
+    """Over many actions, the shares a reweighted document states are those of its branches' labels, whosever they are."""
     rng = np.random.default_rng(0)
+    others = [Past(agora.event("train", index), ANNOTATE, 10) for index in others]
+    own, theirs = ({seen.text for one in some for seen in one.seen} for some in ([past], others))
     for _ in range(6):
-        document = past.reweighted("empirical", 4000, rng)
+        document = past.reweighted("empirical", 4000, rng, others)
+        acted = {text.removesuffix("\n").strip() for _, text in document.branches}
+        assert bool(acted - own) == bool(others) and acted <= own | theirs
         stated = parse(document.prefix.splitlines()[-1].removeprefix("Population: "), "en")
         acted = shares(ANNOTATE([text for _, text in document.branches], "en"))
         for dimension, p in stated.items():
             np.testing.assert_allclose(acted[dimension], p, atol=0.04)
     recent = past.reweighted("recent", 3, rng)
     assert recent.prefix.count("\n- ") == 5 and len(recent.branches) == 3
+
+
+@pytest.mark.parametrize("foreign", [0.0, 1.0])
+def test_reweighted_populations_have_guests_as_often_as_the_mixture_says(foreign):
+    mixture = Mixture(summaries=0.0, signals=(0.0, 0.0, 0.0, 1.0), reweighted=1.0, foreign=foreign, width=100)
+    corpus = Corpus(12, ANNOTATE, 10, mixture, lambda i: agora.event("train", i))
+    texts = {corpus.past(i).event.topic: {prompts.continuation(seen.text) for seen in corpus.past(i).seen} for i in range(12)}
+    rng = np.random.default_rng(0)
+    for _ in range(10):
+        _, document = corpus.draw(rng)
+        own = next(some for topic, some in texts.items() if topic in document.prefix)
+        assert ({text for _, text in document.branches} <= own) == (foreign == 0)
 
 
 def test_draws_are_a_pure_function_of_the_generator_and_follow_the_mixture():
