@@ -211,7 +211,8 @@ def train_steps(
 ) -> Iterator[dict[str, float]]:  # fmt: skip
     """Train from step `start` on; yields a row of numbers a step (losses in nats a token). The batch of a step is a pure
     function of (seed, step), so a run that resumes sees what an uninterrupted one would have seen. Processes share its rows
-    and add up their gradients: in the order of the ranks, so that with another number of them sums round differently.
+    and add up their gradients: in the order of the ranks, so that with another number of them sums round differently, and
+    dropout's noise is another.
 
     Raises FloatingPointError, naming the step, when the loss is no longer finite.
     """
@@ -226,7 +227,7 @@ def train_steps(
     for layer in backbone.model.layers:
         layer.dropout.p = settings.dropout
     for step, batch in zip(steps, drawn, strict=True):
-        torch.manual_seed(settings.seed * settings.steps + step)  # dropout's noise
+        torch.manual_seed((settings.seed * settings.steps + step) * size + own)  # dropout's noise
         columns = (batch.ids, batch.positions, batch.segments, batch.targets)
         with torch.autocast(device.type, torch.bfloat16, enabled=settings.mixed):
             nats, targets = loss_sums(backbone, Batch(*(t[own::size].to(device) for t in columns), batch.sorts[own::size]))

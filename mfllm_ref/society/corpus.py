@@ -17,7 +17,7 @@ from mfllm_ref.society.signals import HALF_LIFE, RECENT, History, Seen, Shares, 
 
 KINDS = ("none", "recent", "popular", "empirical")
 LOST = 0.1  # how often a dimension is missing in a summary that another one is to follow from: see Past.mean_field
-FOREIGN = 7  # see Mixture.foreign
+GUESTS = 7  # events that lend their people to a made-up population: see Past.reweighted
 TUNING_SHARE = 0.21  # of an outside data set's events, kept from pretraining for tuning later: 200 of 952
 
 
@@ -34,6 +34,11 @@ def pretraining_part(events: Sequence[Event]) -> tuple[list[Event], list[Event]]
     order = sorted(events, key=lambda event: hashed("tuning", event.id))
     kept = round(TUNING_SHARE * len(events))
     return sorted(order[kept:], key=lambda e: e.id), sorted(order[:kept], key=lambda e: e.id)
+
+
+def guests(part: float, count: int, rng: np.random.Generator) -> list[int]:
+    """Which of `count` events lend their people: GUESTS of them in that `part` of cases, else none."""
+    return rng.integers(count, size=GUESTS).tolist() if part and rng.random() < part else []
 
 
 def _branch(language: str, seen: Seen) -> tuple[str, str]:
@@ -179,7 +184,7 @@ class Mixture:
     signals: tuple[float, ...] = (0.12, 0.16, 0.16, 0.56)  # of the policy documents, in the order of KINDS
     shuffled: float = 0.0  # of the policy documents: the signal is another event's
     reweighted: float = 0.4  # of the policy documents with a signal: see Past.reweighted
-    foreign: float = 0.0  # of the reweighted: people of FOREIGN other events are drawn from too
+    foreign: float = 0.0  # of the reweighted: people of GUESTS other events are drawn from too
     width: int = 32  # actions a policy document, as far as they fit in its row
     counted: float = 0.25  # of the other summaries: see Past.counted
     few: int = 8  # populations of a counted document, as far as they fit in its row
@@ -216,8 +221,7 @@ class Corpus:
         step = int(rng.integers(past.steps))
         kind = KINDS[int(rng.choice(len(KINDS), p=mixture.signals))]
         if kind != "none" and rng.random() < mixture.reweighted:
-            guests = FOREIGN if mixture.foreign and rng.random() < mixture.foreign else 0
-            others = [self.past(int(i)) for i in rng.integers(self.count, size=guests)]
+            others = [self.past(i) for i in guests(mixture.foreign, self.count, rng)]
             return kind, past.reweighted(kind, mixture.width, rng, others)
         other = self.past(int(rng.integers(self.count))) if rng.random() < mixture.shuffled else None
         return kind, past.policy(step, kind, mixture.width, other)
