@@ -72,8 +72,7 @@ def parser() -> doors.Parser:
     tune.add_argument("--repetition-penalty", type=float, default=0.0, metavar="X", help="off the reward for each repeated "
                       "token of a summary (default: 0)")  # fmt: skip
     tune.add_argument("--reweighted", type=float, default=0.0, metavar="P", help="part of a policy's steps whose population is "
-                      "made up: actions, half the time of other events too, drawn so that one dimension's shares are random, and "
-                      "those shares told (default: 0)")  # fmt: skip
+                      "made up: actions drawn anew so that one dimension's shares are random, and those shares told (default: 0)")  # fmt: skip
     doors.add_summaries(tune)
     make = out.add_argument_group("pretraining")
     make.add_argument("--model-type", choices=("qwen2", "qwen3", "llama", "mistral"), default="qwen2",

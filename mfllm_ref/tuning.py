@@ -19,7 +19,7 @@ from mfllm_ref.ib_tune import Chains, Settings, Update
 from mfllm_ref.lm import LanguageModel
 from mfllm_ref.runs import Run, write_json
 from mfllm_ref.society import agora, rollout
-from mfllm_ref.society.corpus import Document, Past, guests, pretraining_part
+from mfllm_ref.society.corpus import Document, Past, pretraining_part
 from mfllm_ref.society.events import Event, hashed
 from mfllm_ref.society.response import response_curves, slope, true_response
 from mfllm_ref.society.rollout import METHODS, Annotator
@@ -218,18 +218,14 @@ class Tuner:
         if not fixed:
             raise InputError(f"an empty split: no event to select on has over {DEV_STEPS[0]} steps of actions")
 
-        def made_up(i: int, rng: np.random.Generator) -> Document:
-            others = [pasts[k] for k in guests(0.5, len(pasts), rng)]
-            return pasts[i].reweighted(kind, pasts[i].batch, rng, others)
-
         def update(step: int) -> Update:
             rng = np.random.default_rng([settings.seed, 3, step])
             rows = [int(i) for i in rng.integers(len(pasts), size=settings.rows)]
             places = [(i, int(rng.integers(1, pasts[i].steps))) for i in rows]
             named = ", ".join(f"{pasts[i].event.id} step {at}" for i, at in places)
             documents = [
-                made_up(i, rng) if kind != "none" and rng.random() < settings.reweighted else told(pasts, mine, i, at)
-                for i, at in places
+                pasts[i].reweighted(kind, pasts[i].batch, rng) if kind != "none" and rng.random() < settings.reweighted
+                else told(pasts, mine, i, at) for i, at in places
             ]  # fmt: skip
             return ib_tune.policy_update(self.lm, documents, settings, job.name, named)
 

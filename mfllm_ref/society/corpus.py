@@ -36,11 +36,6 @@ def pretraining_part(events: Sequence[Event]) -> tuple[list[Event], list[Event]]
     return sorted(order[kept:], key=lambda e: e.id), sorted(order[:kept], key=lambda e: e.id)
 
 
-def guests(part: float, count: int, rng: np.random.Generator) -> list[int]:
-    """Which of `count` events lend their people: GUESTS of them in that `part` of cases, else none."""
-    return rng.integers(count, size=GUESTS).tolist() if part and rng.random() < part else []
-
-
 def _branch(language: str, seen: Seen) -> tuple[str, str]:
     return prompts.policy_private(language, seen.profile), prompts.continuation(seen.text)
 
@@ -221,7 +216,8 @@ class Corpus:
         step = int(rng.integers(past.steps))
         kind = KINDS[int(rng.choice(len(KINDS), p=mixture.signals))]
         if kind != "none" and rng.random() < mixture.reweighted:
-            others = [self.past(i) for i in guests(mixture.foreign, self.count, rng)]
+            guests = GUESTS if mixture.foreign and rng.random() < mixture.foreign else 0
+            others = [self.past(i) for i in rng.integers(self.count, size=guests).tolist()]
             return kind, past.reweighted(kind, mixture.width, rng, others)
         other = self.past(int(rng.integers(self.count))) if rng.random() < mixture.shuffled else None
         return kind, past.policy(step, kind, mixture.width, other)
