@@ -19,6 +19,7 @@ import numpy as np
 
 from mfllm_ref.errors import InputError
 from mfllm_ref.lm.config import Config
+from mfllm_ref.lm.language_model import LOGITS, ROWS
 
 
 class Cost(NamedTuple):
@@ -129,9 +130,11 @@ class Prediction(NamedTuple):
 
 def predict(config: Config, run: Society, devices: int, flops: float, bandwidth: float, itemsize: int = 2) -> Prediction:
     """What `devices` of so many FLOPs and bytes a second need (sharing costs nothing): whole worlds are spread over them, or,
-    where there are fewer, the agents of each step; a world's prefix and mean field are then computed on every device."""
-    here = max(1.0, run.worlds / devices)  # worlds on a device
-    agents = run.batch * run.worlds / devices / here
+    where there are fewer, the agents of each step, in the chunks that a GPU's steps are cut into (`language_model.ROWS`, LOGITS);
+    a world's prefix and mean field are then computed on every device. The fullest device sets the time."""
+    here = math.ceil(run.worlds / devices)  # worlds on a device
+    chunks = math.ceil(run.batch / min(ROWS[0], max(1, LOGITS // config.vocab_size)))
+    agents = math.ceil(run.batch / max(1, min(devices // run.worlds, chunks)))
     acting = Load(agents, run.prefix, run.suffix, run.new, here).cost(config, itemsize)
     writing = Load(1, 0, run.head + run.batch * run.listed, run.summary, here).cost(config, itemsize)
     rounds = math.ceil(run.agents / run.worlds / run.batch)

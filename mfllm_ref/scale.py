@@ -15,6 +15,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -88,14 +89,21 @@ def scale(args: argparse.Namespace) -> None:
     runs.check_place(out, resume=False)
     config = load_backbone(args.backbone).config
 
-    def measured(agents: int, worlds: int) -> dict[str, float]:
-        names = ("backbone", "batch", "new", "summary", "device", "dtype", "seed", *(["threads"] if args.threads else []))
-        given = [f"--{name}={getattr(args, name)}" for name in names]
+    out.mkdir(parents=True, exist_ok=True)
+    record: dict[str, Any] = {"agents": [], "worlds": [], "exponents": {}}
+
+    def measure(name: str, agents: int, worlds: int) -> None:
+        options = ("backbone", "batch", "new", "summary", "device", "dtype", "seed", *(["threads"] if args.threads else []))
+        given = [f"--{option}={getattr(args, option)}" for option in options]
         command = [sys.executable, "-m", "mfllm_ref.bench", "scale", f"--agents={agents}", f"--worlds={worlds}", "--measure"]
         done = subprocess.run([*command, *given], stdout=subprocess.PIPE, text=True, check=False)
         if done.returncode:
-            raise SystemExit(f"bench: the run of {agents} agents in {worlds} worlds failed")
-        return json.loads(done.stdout)
+            if not any(out.iterdir()):
+                out.rmdir()
+            said = f"bench: the run of {agents} agents in {worlds} worlds failed"
+            raise SystemExit(2 if done.returncode == 2 else said)  # 2: its own line says why
+        record[name].append(json.loads(done.stdout))
+        runs.write_json(out / "scale.json", record)  # what was measured outlives whatever comes
 
     def rows(found: Sequence[Mapping[str, float]]) -> list[list[object]]:
         table: list[list[object]] = [["agents", "worlds", "s", "actions/s", "MB before", "MB peak", "with metrics", "metrics, s",
@@ -110,16 +118,17 @@ def scale(args: argparse.Namespace) -> None:
             ])  # fmt: skip
         return table
 
-    found = [[measured(n, 1) for n in args.agents], [measured(args.world_agents, n) for n in args.worlds]]
-    for some in found:
-        print(report.markdown(rows(some)), flush=True)
-    fits = {}
-    for key, some, least in (("agents", found[0], FITTED_FROM), ("worlds", found[1], 1)):
-        pairs = [(row[key], row["seconds"]) for row in some if row[key] >= least]
-        if len(pairs) > 1:
-            fits[key] = exponent(*zip(*pairs))
-            print(f"seconds grow as {key} ^ {fits[key]:.3f} (from {pairs[0][0]} on)")
-    out.mkdir(parents=True, exist_ok=True)
-    runs.write_json(out / "scale.json", {"agents": found[0], "worlds": found[1], "exponents": fits})
-    report.scaling(found[0], found[1], fits, out / "scale.png")
+    for n in args.agents:
+        measure("agents", n, 1)
+    for n in args.worlds:
+        measure("worlds", args.world_agents, n)
+    for name in ("agents", "worlds"):
+        print(report.markdown(rows(record[name])), flush=True)
+    for key, least in (("agents", FITTED_FROM), ("worlds", 1)):
+        pairs = [(row[key], row["seconds"]) for row in record[key] if row[key] >= least]
+        if len({size for size, _ in pairs}) > 1:
+            record["exponents"][key] = exponent(*zip(*pairs))
+            print(f"seconds grow as {key} ^ {record['exponents'][key]:.3f} (from {pairs[0][0]} on)")
+    runs.write_json(out / "scale.json", record)
+    report.scaling(record["agents"], record["worlds"], record["exponents"], out / "scale.png")
     print(f"see {out / 'scale.png'}")

@@ -1,5 +1,7 @@
 """The cost formulas against what torch counts, against transformers, and against cases worked out by hand."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -90,8 +92,12 @@ def test_prediction_spreads_worlds_then_agents():
     assert alone.seconds == 977 * (acting + writing)
     eight = predict(QWEN, run, 8, 4e14, 1e12)  # every device reads the weights, so more than an eighth
     assert alone.seconds / 8 < eight.seconds < alone.seconds / 2 and eight.flops == pytest.approx(alone.flops)
-    few = predict(QWEN, run, 32, 4e14, 1e12)  # half a world a device: its mean field is written on both
-    assert few.acting == Load(32, 600, 60, 30).cost(QWEN, 2).seconds(4e14, 1e12)
+    few = predict(QWEN, run, 32, 4e14, 1e12)  # two devices a world, whose 64 agents are one chunk: one of the two waits
+    assert few.acting == Load(64, 600, 60, 30).cost(QWEN, 2).seconds(4e14, 1e12)
     assert few.writing == Load(1, 0, 2220, 100).cost(QWEN, 2).seconds(4e14, 1e12)
+    wide = predict(QWEN, replace(run, batch=512), 32, 4e14, 1e12)  # 512 are five chunks: half on each
+    assert wide.acting == Load(256, 600, 60, 30).cost(QWEN, 2).seconds(4e14, 1e12)
+    uneven, even = (predict(QWEN, replace(run, worlds=n), 8, 4e14, 1e12) for n in (9, 16))
+    assert uneven[1:3] == even[1:3], "a device has two worlds either way, and the others wait for it"
 
 

@@ -31,8 +31,8 @@ def test_throughput(capsys, agents, dtype):
     assert out.startswith("greedy tokens agree in float32; tiny (2.9 M parameters), " + dtype)
     rows = [[float(cell) for cell in row] for row in cells(out)]
     assert [int(row[0]) for row in rows] == [int(n) for n in agents.split(",")]
-    for _, ours, padded, reuse, over_padded, over_reuse, *_ in rows:
-        assert over_padded == pytest.approx(ours / padded, rel=0.05) and over_reuse == pytest.approx(ours / reuse, rel=0.05)
+    for _, ours, padded, reuse, over_padded, over_reuse, *_ in rows:  # a busy machine's rates have few digits in print
+        assert over_padded == pytest.approx(ours / padded, rel=0.1) and over_reuse == pytest.approx(ours / reuse, rel=0.1)
 
 
 def test_train(capsys):
@@ -89,6 +89,7 @@ def test_a_missing_rival_is_one_line(capsys, monkeypatch, command, library):
     "wrong, said",
     [
         (["throughput", "--config", "qwen2-0.5b"], "--random-weights"), (["throughput", "--agents", "4,0"], "--agents"),
+        (["throughput", "--new", str(2**62)], "--new"), (["train", "--rank", str(2**62)], "--rank"),
         (["train", "--dtype", "bfloat16"], "float32"), (["predict", "--utilisation", "0"], "--utilisation"),
         (["scale", "--backbone", "nowhere"], "nowhere"), (["fly"], "fly"), ([], "command"),
         (["throughput", "--config", "tiny", "--prefix", "5000", "--agents", "1"], "positions"),
@@ -148,14 +149,14 @@ def test_scale(capsys, random_folder, tmp_path):
 
 
 def test_scale_fits_large_sizes_and_says_what_failed(capsys, monkeypatch, random_folder, tmp_path):
-    """Exponents are fitted from FITTED_FROM agents on; a child's failure ends the run."""
+    """Exponents are fitted from FITTED_FROM agents on; a child's failure ends the run, and what was measured is kept."""
     row = {"evaluating": 0, "loaded": 1, "rolled": 2, "peak": 3, "files": 4, "prefix": 9, "suffix": 5, "new": 4, "listing": 30,
            "summary": 8, "steps": 5}  # fmt: skip
 
     def child(command, **_):
         agents, worlds = (int(part.split("=")[1]) for part in command if part.startswith(("--agents", "--worlds")))
         text = json.dumps(row | {"agents": agents, "worlds": worlds, "seconds": 1e-3 * agents * worlds**0.5})
-        return scale.subprocess.CompletedProcess(command, int(agents == 13), text)
+        return scale.subprocess.CompletedProcess(command, {13: 1, 14: 2}.get(agents, 0), text)
 
     monkeypatch.setattr(scale.subprocess, "run", child)
     common = ["--backbone", str(random_folder), "--out", str(tmp_path / "out")]
@@ -164,7 +165,11 @@ def test_scale_fits_large_sizes_and_says_what_failed(capsys, monkeypatch, random
     assert found == {"agents": pytest.approx(1), "worlds": pytest.approx(0.5)}
     assert "agents ^ 1.000 (from 1000 on)" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="13 agents"):
-        bench.main(["scale", "--agents", "13", *common[:2], "--out", str(tmp_path / "other")])
+        bench.main(["scale", "--agents", "10,10,13", *common[:2], "--out", str(tmp_path / "other")])
+    assert [row["agents"] for row in json.loads((tmp_path / "other" / "scale.json").read_text())["agents"]] == [10, 10]
+    with pytest.raises(SystemExit) as ended:  # bad input, of which the child has said what
+        bench.main(["scale", "--agents", "14", *common[:2], "--out", str(tmp_path / "third")])
+    assert ended.value.code == 2 and not (tmp_path / "third").exists()
 
 
 def test_predict(capsys):

@@ -19,6 +19,9 @@ from mfllm_ref.lm.backbone import Backbone
 from mfllm_ref.lm.worlds import Prefixes, Step
 
 
+SPARE = 2**31  # bytes that torch may hold unused before a graph is recorded
+
+
 def replayable(x: Tensor) -> bool:
     """Whether steps on caches like x may be recorded: Triton computes their attention, and nothing waits for the CPU."""
     return x.is_cuda and runs_triton(x)
@@ -60,6 +63,9 @@ class Replay:
     def _on_side_stream(self, record: bool) -> None:
         """CUDA records no default stream; what libraries keep a stream (cuBLAS its workspace) is made by the call before."""
         stream, usual = _side_stream(self.ids.device), torch.cuda.current_stream()
+        # A graph has memory of its own, which torch keeps when the graph is gone and cannot free while another is recorded.
+        if record and torch.cuda.memory_reserved() - torch.cuda.memory_allocated() > SPARE:
+            torch.cuda.empty_cache()
         stream.wait_stream(usual)
         with torch.cuda.stream(stream):
             if not record:
