@@ -58,10 +58,10 @@ def _keys(x, owner, head, n, end, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def _slopes(query, up, lse, delta, keys, values, key, position, real, scale, window, WINDOWED: tl.constexpr):
-    """(p, ds) of a tile, float32 [rows, keys], 0 where a row does not see a key. Keys behind a prefix's end count as seen: they
-    are 0 and so add nothing to a row's gradient, and their own is not stored."""
-    seen = real[:, None] & (key <= position[:, None])
+def _slopes(query, up, lse, delta, keys, values, key, end, position, real, scale, window, WINDOWED: tl.constexpr):
+    """(p, ds) of a tile, float32 [rows, keys], 0 where a row does not see a key. Nor does it see one behind the end of a prefix,
+    whose score of 0 can be so far above the others, e^88 and more of their sum, that 0 times its probability is NaN."""
+    seen = real[:, None] & (key <= tl.minimum(position, end - 1)[:, None])
     if WINDOWED:
         seen = seen & (key > position[:, None] - window)
     scores = tl.dot(query, keys.to(query.dtype).T, input_precision="ieee")
@@ -93,7 +93,7 @@ def _key_kernel(
         above = _load(up, place, d, real, HEAD_DIM, BLOCK_D)
         p, ds = _slopes(
             query, above, tl.load(lse + place, mask=real, other=0.0), tl.load(delta + place, mask=real, other=0.0), keys,
-            values, key[None, :], row + end if PREFIX else row, real, scale, window, WINDOWED,
+            values, key[None, :], end, row + end if PREFIX else row, real, scale, window, WINDOWED,
         )  # fmt: skip
         v_sum = tl.dot(p.to(above.dtype).T, above, v_sum, input_precision="ieee")
         k_sum = tl.dot(ds.to(query.dtype).T, query, k_sum, input_precision="ieee")
@@ -128,7 +128,7 @@ def _query_kernel(
     for n in range(0, end, BLOCK_N):
         keys, values = _keys(k, owner, head, n, end, BLOCK_N, BLOCK_D), _keys(v, owner, head, n, end, BLOCK_N, BLOCK_D)
         _, ds = _slopes(
-            query, above, row_lse, row_delta, keys, values, (n + tl.arange(0, BLOCK_N))[None, :],
+            query, above, row_lse, row_delta, keys, values, (n + tl.arange(0, BLOCK_N))[None, :], end,
             row + end if PREFIX else row, real, scale, window, WINDOWED,
         )  # fmt: skip
         sums = tl.dot(ds.to(query.dtype), keys.to(query.dtype), sums, input_precision="ieee")

@@ -198,6 +198,23 @@ def test_every_dtype_keeps_its_own_precision(path, dtype):
         assert one.dtype == dtype and (one.cpu().double() - other).abs().max() < 4 * TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("offset", [-100, -15, 100])
+def test_gradients_do_not_depend_on_how_far_scores_are_from_zero(path, offset, dtype):
+    """Invariant: scores that all lie far above or below 0, where an unused slot's would be, give the gradients that float64 does;
+    prefixes end within a tile."""
+    case = make([2, 1], 2, 20, 6, head_dim=16, dtype=dtype, seed=6)
+    for name in ("q", "prefix_k", "suffix_k"):
+        case[name][..., 0] = 4.0 if name == "q" else offset  # times 16**-0.5
+    case |= {"prefix_len": torch.tensor([17, 5], dtype=torch.int32), "suffix_len": torch.tensor([6, 2, 3], dtype=torch.int32)}
+    up = make([2, 1], 2, 20, 6, head_dim=16, dtype=dtype, seed=7)["q"]
+    exact = {name: x.double() if x.is_floating_point() else x for name, x in case.items()}
+    expected = gradients(agent_attention_reference, exact, up.double())
+    for i, (one, other) in enumerate(zip(gradients(agent_attention, on(path, case), up.to(path)), expected, strict=True)):
+        size = abs(offset) if i == 0 else max(1.0, float(other.abs().max()))  # queries': of terms times keys as large as that
+        torch.testing.assert_close(one.cpu().double(), other, rtol=0, atol=4 * TOLERANCE[dtype] * size)
+
+
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("function", [agent_attention, agent_attention_reference])
 def test_gradients_equal_finite_differences(function, window):
