@@ -104,14 +104,29 @@ class Plan:
                 raise ValueError(f"{name} must lie between 0 and {most}, the slots there are")
         if window is not None and window < 1:
             raise ValueError(f"window must be at least 1, not {window}")
-        if window is not None and len(of) and window >= prefix.max() + own.max():
-            window = None
-        self.shape, self.device, self.window, self.suffix_max = (len(of), heads, q_len), device, window, suffix_max
+        self.reach = int(prefix.max(initial=0) + own.max(initial=0))
+        self.shape, self.device, self.suffix_max = (len(of), heads, q_len), torch.device(device), suffix_max
+        self.window = self.hiding(window)
         self.prefix, self.own, self.of, self.prefix_max, self.grain = prefix, own, of, prefix_max, grain
         self.row = own[:, None] - q_len + np.arange(q_len)  # suffix position of each query row
         self.counts = np.bincount(of, minlength=len(prefix))
         self._tables: dict[tuple[bool, int, int, bool], Tensor] = {}
         self._pieces: dict[int, list[Piece]] = {}
+
+    def hiding(self, window: int | None) -> int | None:
+        """The same window; None if it is wide enough to hide nothing."""
+        return None if window is None or window >= self.reach else window
+
+    def check(self, q: Tensor, prefix_k: Tensor, suffix_k: Tensor, window: int | None) -> None:
+        """Raises ValueError where these are not what it was made for."""
+        made = self.shape, len(self.prefix), self.prefix_max, self.suffix_max, self.window
+        agents, heads, q_len, _ = q.shape
+        asked = (agents, heads, q_len), prefix_k.shape[0], prefix_k.shape[2], suffix_k.shape[2], self.hiding(window)
+        if made != asked:
+            named = "(agents, heads, query rows), worlds, prefix slots, suffix slots and window"
+            raise ValueError(f"the plan is for {made} {named}, not {asked}")
+        if self.device.type != q.device.type or self.device.index not in (None, q.device.index):
+            raise ValueError(f"the plan is for {self.device}, not {q.device}")
 
     @cached_property
     def sees_prefixes(self) -> bool:
@@ -235,22 +250,23 @@ def agent_attention(
     An agent's keys are its world's first prefix_len keys, then its own first suffix_len. Query row i stands at suffix
     position suffix_len - q_len + i and sees all keys up to and including its own; rows at negative positions are
     padding and return 0. With window w, key j is visible to position i iff i - w < j <= i, over prefix and suffix
-    together. Unused slots may hold NaN. Differentiable where an input requires grad. float16 is computed in float32; of
-    bfloat16 the products are taken as they are, the softmax in float32.
+    together. Unused slots may hold NaN. Differentiable where an input requires grad. Keys and values of another dtype than q's
+    are converted. Triton's products are of q's dtype, summed in float32; PyTorch computes float16 in float32, and of bfloat16
+    the products as they are, the softmax in float32.
 
-    plan: what `Plan` makes of the same lengths and window, where many calls share them. Raises ValueError for lengths
-    and shapes that do not fit together.
+    plan: what `Plan` makes of the same lengths and window, where many calls share them. Its lengths count then: of those given
+    here only the shapes are checked. Raises ValueError for lengths, shapes and devices that do not fit together, and for a
+    plan made for others.
     """
-    agents, heads, q_len, head_dim = q.shape
-    if heads % suffix_k.shape[1] or prefix_k.shape[1] != suffix_k.shape[1]:
-        raise ValueError(f"{heads} query heads cannot share {prefix_k.shape[1]} and {suffix_k.shape[1]} key heads")
+    inputs = (q, prefix_k, prefix_v, suffix_k, suffix_v)
+    _check(inputs, prefix_len, suffix_len, world)
+    agents, heads, q_len, _ = q.shape
     if plan is None:
         plan = Plan(heads, q_len, prefix_len, prefix_k.shape[2], suffix_len, suffix_k.shape[2], world, window, q.device)
-    if plan.shape != (agents, heads, q_len):
-        raise ValueError(f"the plan is for {plan.shape} agents, heads and query rows, not {(agents, heads, q_len)}")
+    else:
+        plan.check(q, prefix_k, suffix_k, window)
     if agents == 0 or q_len == 0 or suffix_k.shape[2] == 0:
-        return q.masked_fill(torch.ones((), dtype=torch.bool, device=q.device), 0)
-    inputs = (q, prefix_k, prefix_v, suffix_k, suffix_v)
+        return torch.zeros_like(q) + _nothing(inputs)
     differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     if runs_triton(q):
         if differentiable:
@@ -271,7 +287,35 @@ def agent_attention(
     for x, length in zip(tensors[1:], (prefix_len, prefix_len, suffix_len, suffix_len), strict=True):
         unused = torch.arange(x.shape[2], device=x.device) >= length.to(x.device)[:, None]
         clean.append(x.masked_fill(unused[:, None, :, None], 0))
-    return _grouped(*clean, plan).to(q.dtype)
+    out = _grouped(*clean, plan).to(q.dtype)
+    return out if plan.prefix.any() else out + _nothing(inputs)
+
+
+def _check(inputs: tuple[Tensor, ...], prefix_len: Tensor, suffix_len: Tensor, world: Tensor) -> None:
+    """Raises ValueError where shapes, devices or dtypes are not as `agent_attention` takes them. inputs: its q, prefix_k, prefix_v,
+    suffix_k, suffix_v."""
+    q, prefix_k, prefix_v, suffix_k, suffix_v = inputs
+    rows, shared, own = q.shape, prefix_k.shape, suffix_k.shape
+    if not (
+        len(rows) == len(shared) == len(own) == 4 and prefix_v.shape == shared and suffix_v.shape == own
+        and own[0] == rows[0] and shared[1] == own[1] > 0 == rows[1] % own[1] and rows[3] == shared[3] == own[3]
+        and prefix_len.shape == shared[:1] and suffix_len.shape == world.shape == own[:1]
+    ):  # fmt: skip
+        found = ", ".join(str(tuple(x.shape)) for x in (*inputs, prefix_len, suffix_len, world))
+        raise ValueError(
+            f"shapes {found} must be q [agents, heads, q_len, head_dim], prefix_k and prefix_v [worlds, kv_heads, prefix_max, "
+            "head_dim], suffix_k and suffix_v [agents, kv_heads, suffix_max, head_dim], prefix_len [worlds], suffix_len and world "
+            "[agents], with heads a multiple of kv_heads"
+        )
+    together = q.device == prefix_k.device == prefix_v.device == suffix_k.device == suffix_v.device
+    if not together or not all(map(torch.is_floating_point, inputs)):
+        found = ", ".join(f"{x.dtype} on {x.device}" for x in inputs)
+        raise ValueError(f"queries, keys and values must be floating-point numbers on one device, not {found}")
+
+
+def _nothing(inputs: tuple[Tensor, ...]) -> Tensor:
+    """0, and the gradients to inputs that a result does not depend on are 0 where it is added."""
+    return sum(x[:0].sum() for x in inputs)
 
 
 def _grouped(q: Tensor, prefix_k: Tensor, prefix_v: Tensor, suffix_k: Tensor, suffix_v: Tensor, plan: Plan) -> Tensor:

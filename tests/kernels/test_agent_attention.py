@@ -260,13 +260,16 @@ def test_padding_rows_return_zero(path):
     "sizes", [([], 1, 4, 3), ([0, 0], 2, 4, 3), ([0, 2, 0], 2, 0, 3), ([1, 2], 2, 4, 0), ([0], 1, 0, 0)]
 )
 def test_nothing_to_see_is_legal(function, sizes):
-    """No worlds, no agents, empty worlds, no prefix slots, no suffix slots: q's shape, a gradient of 0."""
-    case = make(*sizes)
-    case["q"].requires_grad_()
-    out = function(**case)
-    assert out.shape == case["q"].shape
-    torch.testing.assert_close(out, oracle(case))
-    assert torch.autograd.grad(out.sum(), case["q"], allow_unused=True)[0] is not None
+    """No worlds, no agents, empty worlds, no prefix slots, no suffix slots: q's shape, whichever input requires a gradient can
+    have one, and it is finite."""
+    for name in ARGUMENTS:
+        case = make(*sizes)
+        case[name].requires_grad_()
+        out = function(**case)
+        assert out.shape == case["q"].shape
+        torch.testing.assert_close(out, oracle(case))
+        (gradient,) = torch.autograd.grad(out.sum(), case[name])
+        assert gradient.shape == case[name].shape and gradient.isfinite().all()
 
 
 def test_a_plan_made_once_serves_many_layers(path):
@@ -292,6 +295,62 @@ def test_a_plan_made_once_serves_many_layers(path):
 def test_impossible_lengths_are_refused(change):
     with pytest.raises(ValueError):
         agent_attention(**{**make([2, 1], 2, 5, 4), **change})
+
+
+def shrunk(name, axis):
+    """Of the argument `name`, one less along an axis."""
+    x = make([2, 1], 2, 5, 4)[name]
+    return {name: x.narrow(axis, 0, x.shape[axis] - 1)}
+
+
+SHAPES = [shrunk(name, axis) for name in ARGUMENTS for axis in ((0, 1, 3) if name == "q" else range(4))]
+SHAPES += [shrunk(name, 0) for name in ("prefix_len", "suffix_len", "world")]
+SHAPES += [shrunk("prefix_k", i) | shrunk("prefix_v", i) for i in (0, 1, 3)]
+SHAPES += [shrunk("suffix_k", i) | shrunk("suffix_v", i) for i in (0, 1, 3)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("change", SHAPES, ids=lambda change: " ".join(f"{name}{list(x.shape)}" for name, x in change.items()))
+def test_shapes_that_do_not_fit_together_are_refused(change, dtype):
+    """Invariant: not one argument can be of a wrong size along any axis (two prefixes, agents and heads that also divide)
+    and be computed with, out of bounds or broadcast; with a plan as without."""
+    case = make([2, 1], 2, 5, 4, dtype=dtype)
+    plan = Plan(4, 2, case["prefix_len"], 5, case["suffix_len"], 4, case["world"])
+    case |= {name: x.to(dtype) if x.is_floating_point() else x for name, x in change.items()}
+    for given in (None, plan):
+        with pytest.raises(ValueError, match="shapes .* must be"):
+            agent_attention(**case, plan=given)
+
+
+def test_integers_and_other_devices_are_refused():
+    case = make([2, 1], 2, 5, 4)
+    with pytest.raises(ValueError, match="one device"):
+        agent_attention(**case | {"suffix_v": case["suffix_v"].to("meta")})
+    with pytest.raises(ValueError, match="floating-point"):
+        agent_attention(**case | {"prefix_k": case["prefix_k"].int()})
+
+
+@pytest.mark.parametrize(
+    "other", [{"prefix": 6}, {"suffix": 6}, {"window": 2}, {"window": None}, {"device": "meta"}, {"counts": [2, 1, 0]}]
+)
+def test_a_plan_for_other_slots_worlds_windows_or_devices_is_refused(other):
+    made = {"counts": [2, 1], "prefix": 5, "suffix": 4, "window": 3, "device": "cpu"} | other
+    case, lengths = make([2, 1], 2, 5, 4), torch.tensor([4, 1, 3], dtype=torch.int32)
+    prefix_len = torch.full((len(made["counts"]),), 5, dtype=torch.int32)
+    plan = Plan(4, 2, prefix_len, made["prefix"], lengths, made["suffix"], case["world"], made["window"], made["device"])
+    with pytest.raises(ValueError, match="the plan is for"):
+        agent_attention(**case, window=3, plan=plan)
+
+
+def test_windows_that_hide_nothing_are_one_to_a_plan():
+    """Invariant: none, and any as wide as the longest prefix and suffix together."""
+    case = make([2, 1], 2, 5, 4) | {"prefix_len": torch.tensor([5, 2]).int(), "suffix_len": torch.tensor([4, 1, 3]).int()}
+    for planned in (None, 9, 20):
+        plan = Plan(4, 2, case["prefix_len"], 5, case["suffix_len"], 4, case["world"], planned)
+        for window in (None, 9, 30):
+            torch.testing.assert_close(agent_attention(**case, window=window, plan=plan), oracle(case))
+        with pytest.raises(ValueError, match="the plan is for"):
+            agent_attention(**case, window=8, plan=plan)
 
 
 @pytest.mark.parametrize("empty", [True, False])
