@@ -17,17 +17,16 @@ Notable in the fast path:
   flash kernel.
 - Unused slots may hold anything. Masked scores have probability exactly 0, so an unused value does harm only if it is
   not finite (0 * NaN): then, and only then, the result is computed again from cleaned copies.
-- What depends on lengths alone is a `Plan`; a model with many layers makes it once and passes it to each of them.
+- What depends on lengths alone is a `Plan` (`agent_attention_plan.py`); a model with many layers makes it once and passes it to
+  each of them.
 """
 
 import math
-from dataclasses import dataclass
-from functools import cached_property
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from kernels.agent_attention_plan import Piece, Plan
 from kernels.dispatch import runs_triton
 
 CELLS = 2**19  # scores held at once by the path that holds them (they should fit in cache), unless a single agent has more
@@ -68,172 +67,6 @@ def agent_attention_reference(
     if scores.shape[-1]:
         scores = scores.softmax(dim=-1)
     return (scores @ v).masked_fill(nothing, 0).to(dtype)
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A run of worlds and agents computed together, each world with `width` slots for agents."""
-
-    agents: slice
-    worlds: slice
-    width: int
-    prefix: int  # keys in the longest of its prefixes
-    slots: Tensor | None  # int64 [worlds * width]: which agent (counted in the piece) fills a slot; None: all in order
-    back: Tensor | None  # int64 [agents]: the slot of each agent
-    mask: Tensor | None  # 0, -inf on keys not seen: broadcasts to [worlds, kv_heads, width, group, q_len, prefix]
-
-
-class Plan:
-    """What `agent_attention` derives from lengths alone. Valid for every layer with the same window.
-
-    heads, q_len and suffix_max are q's and suffix_k's sizes; the rest are agent_attention's own arguments. The tensors
-    may live on any device. What PyTorch (`pieces`, masks) or Triton (`blocks`, lengths) needs is made on `device` when it
-    is first asked for. grain: PyTorch's products read prefixes in multiples of so many keys, as far as there are slots, where
-    every shape costs. Raises ValueError for lengths that cannot be.
-    """
-
-    def __init__(
-        self, heads: int, q_len: int, prefix_len: Tensor, prefix_max: int, suffix_len: Tensor, suffix_max: int,
-        world: Tensor, window: int | None = None, device: torch.device | str = "cpu", grain: int = 1,
-    ) -> None:  # fmt: skip
-        prefix, own, of = (x.detach().cpu().numpy().astype(np.int64) for x in (prefix_len, suffix_len, world))
-        if len(own) != len(of) or (of[1:] < of[:-1]).any() or (len(of) and not 0 <= of[0] <= of[-1] < len(prefix)):
-            raise ValueError("world must hold one non-decreasing index into the prefixes for every agent")
-        for name, lengths, most in (("prefix_len", prefix, prefix_max), ("suffix_len", own, suffix_max)):
-            if len(lengths) and not 0 <= lengths.min() <= lengths.max() <= most:
-                raise ValueError(f"{name} must lie between 0 and {most}, the slots there are")
-        if window is not None and window < 1:
-            raise ValueError(f"window must be at least 1, not {window}")
-        self.reach = int(prefix.max(initial=0) + own.max(initial=0))
-        self.shape, self.device, self.suffix_max = (len(of), heads, q_len), torch.device(device), suffix_max
-        self.window = self.hiding(window)
-        self.prefix, self.own, self.of, self.prefix_max, self.grain = prefix, own, of, prefix_max, grain
-        self.row = own[:, None] - q_len + np.arange(q_len)  # suffix position of each query row
-        self.counts = np.bincount(of, minlength=len(prefix))
-        self._tables: dict[tuple[bool, int, int, bool], Tensor] = {}
-        self._pieces: dict[int, list[Piece]] = {}
-
-    def hiding(self, window: int | None) -> int | None:
-        """The same window; None if it is wide enough to hide nothing."""
-        return None if window is None or window >= self.reach else window
-
-    def check(self, q: Tensor, prefix_k: Tensor, suffix_k: Tensor, window: int | None) -> None:
-        """Raises ValueError where these are not what it was made for."""
-        made = self.shape, len(self.prefix), self.prefix_max, self.suffix_max, self.window
-        agents, heads, q_len, _ = q.shape
-        asked = (agents, heads, q_len), prefix_k.shape[0], prefix_k.shape[2], suffix_k.shape[2], self.hiding(window)
-        if made != asked:
-            named = "(agents, heads, query rows), worlds, prefix slots, suffix slots and window"
-            raise ValueError(f"the plan is for {made} {named}, not {asked}")
-        if self.device.type != q.device.type or self.device.index not in (None, q.device.index):
-            raise ValueError(f"the plan is for {self.device}, not {q.device}")
-
-    @cached_property
-    def sees_prefixes(self) -> bool:
-        """Whether every row sees all of its world's prefix, which is not empty."""
-        return self.window is None and bool((self.prefix > 0).all())
-
-    @cached_property
-    def padding(self) -> Tensor | None:
-        row = self.row < 0
-        return torch.from_numpy(row).to(self.device)[:, None, :, None] if row.any() else None
-
-    @cached_property
-    def suffix_mask(self) -> Tensor | None:
-        # A padding row sees its first slot, so that no softmax is over nothing; its result is thrown away.
-        last, key = np.maximum(self.row, 0)[:, :, None], np.arange(self.suffix_max)
-        hidden = key > last
-        if self.window is not None:
-            hidden |= key <= last - self.window
-        return self._mask(hidden[:, None, None])
-
-    def pieces(self, cells: int) -> list[Piece]:
-        """How to go through worlds and agents with at most `cells` scores at once."""
-        if cells not in self._pieces:
-            self._pieces[cells] = self._cut(cells)
-        return self._pieces[cells]
-
-    def _cut(self, cells: int) -> list[Piece]:
-        (_, heads, q_len), first = self.shape, None
-        if self.window is not None:  # the first key of the prefix that each row sees
-            first = np.maximum(self.prefix[self.of][:, None] + self.row - self.window + 1, 0)
-        ends = np.cumsum(self.counts)
-        runs = _runs(self.counts, self.prefix, heads * q_len, self.suffix_max, cells)
-        return [self._piece(run, self.counts, ends, self.prefix, first) for run in runs]
-
-    @cached_property
-    def lengths(self) -> tuple[Tensor, Tensor, Tensor]:
-        """int32 [worlds], [agents], [agents]: prefix and suffix lengths, and every agent's world."""
-        return tuple(torch.from_numpy(x.astype(np.int32)).to(self.device) for x in (self.prefix, self.own, self.of))
-
-    def row_blocks(self, prefix: bool, rows: int, size: int) -> Tensor:
-        """int32 [blocks, 4]: an owner of keys (of prefixes a world, else an agent), its first agent, its query rows, and the
-        first row of a block of `size` of them, where every agent has `rows`. An owner's last block may be ragged; one without
-        agents or keys has none."""
-        return self._table(prefix, rows, size, along_keys=False)
-
-    def key_tiles(self, prefix: bool, rows: int, size: int) -> Tensor:
-        """The same along the owner's keys: the last number is the first key of a tile of `size`."""
-        return self._table(prefix, rows, size, along_keys=True)
-
-    def _table(self, prefix: bool, rows: int, size: int, along_keys: bool) -> Tensor:
-        if (prefix, rows, size, along_keys) in self._tables:
-            return self._tables[prefix, rows, size, along_keys]
-        agents = self.counts if prefix else np.ones_like(self.own)
-        keys, total = (self.prefix if prefix else self.own), agents * rows
-        number = -(-np.where((keys > 0) & (total > 0), keys if along_keys else total, 0) // size)
-        owner = np.repeat(np.arange(len(keys)), number)
-        start = (np.arange(len(owner)) - np.repeat(np.cumsum(number) - number, number)) * size
-        table = np.stack((owner, (np.cumsum(agents) - agents)[owner], total[owner], start), axis=1)
-        made = torch.from_numpy(table.astype(np.int32)).to(self.device)
-        return self._tables.setdefault((prefix, rows, size, along_keys), made)
-
-    def _mask(self, hidden: np.ndarray) -> Tensor | None:
-        """What to add to scores, float32: -inf where hidden. None if nothing is."""
-        mask = np.where(hidden, np.float32(-np.inf), np.float32(0))
-        return torch.from_numpy(mask).to(self.device) if hidden.any() else None
-
-    def _piece(
-        self, run: tuple[int, int, int, int], counts: np.ndarray, ends: np.ndarray, prefix: np.ndarray,
-        first: np.ndarray | None,
-    ) -> Piece:  # fmt: skip
-        start, stop, skip, take = run
-        begin = ends[start] - counts[start] + skip
-        end = begin + take if take else ends[stop - 1]
-        sizes = np.array([take]) if take else counts[start:stop]
-        lengths, width = prefix[start:stop], int(sizes.max())
-        longest = min(self.prefix_max, -(-int(lengths.max()) // self.grain) * self.grain)
-        slots = back = None
-        agent = np.minimum((np.cumsum(sizes) - sizes)[:, None] + np.arange(width), sizes.sum() - 1).ravel()
-        if (sizes != width).any():
-            back = torch.from_numpy(np.flatnonzero((np.arange(width) < sizes[:, None]).ravel())).to(self.device)
-            slots = torch.from_numpy(agent).to(self.device)
-        key = np.arange(longest)
-        hidden = (key >= lengths[:, None])[:, None, None, None, None]
-        if first is not None and (first[begin:end] > 0).any():
-            hidden = hidden | (key < first[begin:end][agent].reshape(len(sizes), 1, width, 1, -1, 1))
-        return Piece(slice(int(begin), int(end)), slice(start, stop), width, longest, slots, back, self._mask(hidden))
-
-
-def _runs(counts: np.ndarray, prefix: np.ndarray, rows: int, suffix: int, cells: int) -> list[tuple[int, int, int, int]]:
-    """Neighbouring worlds to compute together: (first world, last + 1, agents of it to skip, agents to take or 0 for
-    all). A run is cut where its scores would pass `cells` or where over half of its slots would stay empty."""
-    runs: list[tuple[int, int, int, int]] = []
-    start, worlds = 0, len(counts)
-    while start < worlds:
-        limit = max(1, cells // max(1, rows * (int(prefix[start]) + suffix)))
-        if counts[start] > limit:  # even one world is too much: its agents in turns
-            runs += [(start, start + 1, i, int(min(limit, counts[start] - i))) for i in range(0, counts[start], limit)]
-            start += 1
-            continue
-        slots = np.arange(1, worlds - start + 1) * np.maximum.accumulate(counts[start:])
-        scores = slots * rows * (np.maximum.accumulate(prefix[start:]) + suffix)
-        fits = (scores <= cells) & (slots <= 2 * np.cumsum(counts[start:]))
-        stop = start + max(1, int(np.argmin(fits)) if not fits.all() else len(fits))
-        if counts[start:stop].any():
-            runs.append((start, stop, 0, 0))
-        start = stop
-    return runs
 
 
 def agent_attention(

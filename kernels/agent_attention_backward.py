@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.agent_attention import Plan
+from kernels.agent_attention_plan import Plan
 from kernels.agent_attention_triton import LOG2E, fused_attention, rows_of, tiles_of
 from kernels.dispatch import processors
 

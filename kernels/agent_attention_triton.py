@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.agent_attention import Plan
+from kernels.agent_attention_plan import Plan
 from kernels.dispatch import processors, shared_memory
 
 LOG2E = 1.4426950408889634  # scores are kept in units of log 2: 2^x is one instruction

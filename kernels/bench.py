@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from kernels import agent_attention, ib_loss
-from kernels.agent_attention import Plan
+from kernels.agent_attention_plan import Plan
 from kernels.ib_loss import ib_loss_reference
 
 Call = Callable[[], object]
