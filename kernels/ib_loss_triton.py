@@ -5,7 +5,7 @@ multiplies hidden and prior_hidden with the same tile of the head, read once for
 into running maxima and sums. A share's results (two log-sum-exps, its own KL) are joined exactly afterwards.
 
 Backward, two kernels a piece of the vocabulary, as many words as BUFFER holds for all tokens: the logits are made
-again and become d loss / d z, z = W hidden, in the head's dtype; that times the head is added to the gradient, kept in
+again and become d loss / d z, z = W hidden, in hidden's dtype; that times the head is added to the gradient, kept in
 float32. d loss / d z = mu_v (up_kl (log mu_v - log r_v - kl) - up_log_prob) + up_log_prob [v = target].
 
 Tiles are read through tensor descriptors, which Hopper's copy engine (TMA) serves: no thread spends registers on addresses
@@ -185,7 +185,7 @@ class Fused(torch.autograd.Function):
         hidden, prior, weight = (_aligned(x) for x in (hidden, prior_hidden.to(hidden.dtype), weight))
         (tokens, dim), vocab = hidden.shape, weight.shape[0]
         tiles = FULL if hidden.dtype == torch.float32 else HALF
-        blocks, pieces = triton.cdiv(tokens, tiles.tokens), triton.cdiv(vocab, tiles.words)
+        blocks, pieces = triton.cdiv(tokens, tiles.tokens), max(1, triton.cdiv(vocab, tiles.words))
         each = triton.cdiv(pieces, max(1, min(pieces, WAVES * processors(hidden.device) // max(1, blocks))))
         out = hidden.new_empty(7, triton.cdiv(pieces, each), tokens, dtype=torch.float32)
         targets = targets.contiguous()
