@@ -33,6 +33,7 @@ from mfllm_ref.society import prompts
 from mfllm_ref.society.corpus import Document, Past
 from mfllm_ref.society.events import hashed
 from mfllm_ref.society.prompts import Signal
+from mfllm_ref.training import at, finite
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,10 +257,12 @@ class Update:
 def mean_field_update(
     lm: LanguageModel, chains: Chains, settings: Settings, step: int, adapter: str, policy: str | None
 ) -> Update:  # fmt: skip
-    """One update of L_mu from the chains where they are; moves them on."""
+    """One update of L_mu from the chains where they are; moves them on. Raises FloatingPointError, naming step and batch, where
+    the model's numbers are not finite."""
     started, now, pasts = time.perf_counter(), list(chains.chains), chains.pasts
     named = ", ".join(f"{pasts[c.past].event.id} step {c.step}" for c in now)
-    sampled = draw(lm, pasts, now, settings.samples, settings, step, adapter, policy)
+    with at(step, named):
+        sampled = draw(lm, pasts, now, settings.samples, settings, step, adapter, policy)
     chains.advance([texts[0] for texts in sampled.texts])
     penalty = sampled.reward.new_tensor([[repeated(ids) for ids in some] for some in sampled.ids])
     reward = sampled.reward - settings.repetition_penalty * penalty
@@ -306,7 +309,8 @@ def apply(
     """Differentiate an update and take one optimizer step; returns its row of log.jsonl (losses and KL in nats a step).
     Processes share the update's parts and come by the same gradient.
 
-    Raises FloatingPointError, naming step and batch, where the loss or its gradient is not finite: nothing is changed then.
+    Raises FloatingPointError, naming step and batch, where the model's numbers, the loss or its gradient are not finite: nothing
+    is changed then.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     optimizer.zero_grad()
@@ -315,8 +319,7 @@ def apply(
     def differentiate(number: int) -> dict[str, float]:
         with torch.autocast(lm.device.type, torch.bfloat16, enabled=settings.mixed):
             loss, share, sums = update.parts[number]()
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f"the loss became {loss.item()} at step {step} ({update.batch})")
+        finite("loss", loss.item())
         # The gradient of a nat a step is that of many agents; their number is left to the clipping and to AdamW.
         (loss * share).backward()
         if ranks.sharing():
@@ -325,18 +328,17 @@ def apply(
         return sums
 
     costs = [1.0] * len(update.parts)
-    found = ranks.compute(differentiate, range(len(update.parts)), costs)
-    ranks.add_gradients(parameters, made, costs)
-    norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
-    if not torch.isfinite(norm):
-        raise FloatingPointError(f"the gradient became {norm.item()} at step {step} ({update.batch})")
+    with at(step, update.batch):
+        found = ranks.compute(differentiate, range(len(update.parts)), costs)
+        ranks.add_gradients(parameters, made, costs)
+        norm = finite("gradient", torch.nn.utils.clip_grad_norm_(parameters, settings.clip).item())
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, settings.steps, settings.lr)
     optimizer.step()
     seconds = time.perf_counter() - update.started
     numbers = update.numbers({key: sum(sums[key] for sums in found) for key in found[0]})
     speed = numbers.pop("tokens") / seconds
-    return {"step": step, **numbers, "gradient_norm": norm.item(), "seconds": seconds, "tokens_per_second": speed}
+    return {"step": step, **numbers, "gradient_norm": norm, "seconds": seconds, "tokens_per_second": speed}
 
 
 # ---- what a dev split says -----------------------------------------------------------------------------------------

@@ -290,11 +290,10 @@ def open_run(out: Path, record: Mapping, resume: bool = False) -> Iterator[Run]:
             run.write("running")
         ranks.gather(run.record)
         yield run
-    except InputError:
-        raise  # also a full disk: one more write would only hide the message
     except BaseException:
         if run is not None and not run.finished:
-            run.write("interrupted")
+            with contextlib.suppress(InputError):  # of a full disk: what went wrong first is what is said
+                run.write("interrupted")
         raise
     finally:
         for file in run.files if run is not None else ():

@@ -1,7 +1,10 @@
-"""What every training loop needs to be interrupted: its state as one safetensors file, written whole or not at all."""
+"""What every training loop needs to be interrupted: its state as one safetensors file, written whole or not at all. And to stop
+at numbers that are not finite, saying where it was."""
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import safetensors
@@ -13,6 +16,22 @@ from mfllm_ref.errors import InputError
 from mfllm_ref.runs import write_bytes
 
 STATE = "state.safetensors"  # in a run's folder, until the run is finished
+
+
+@contextmanager
+def at(step: int, batch: str) -> Iterator[None]:
+    """Within, a FloatingPointError, the language model's own too, says the step and what it learned from there."""
+    try:
+        yield
+    except FloatingPointError as error:
+        raise FloatingPointError(f"{error} at step {step} ({batch})") from None
+
+
+def finite(what: str, value: float) -> float:
+    """`value`; FloatingPointError where it is NaN or infinite."""
+    if not math.isfinite(value):
+        raise FloatingPointError(f"the {what} became {value}")
+    return value
 
 
 def optimizer_tensors(optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:

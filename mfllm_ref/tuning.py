@@ -24,7 +24,7 @@ from mfllm_ref.society.events import Event, hashed
 from mfllm_ref.society.response import response_curves, slope, true_response
 from mfllm_ref.society.rollout import METHODS, Annotator
 from mfllm_ref.society.signals import HALF_LIFE
-from mfllm_ref.training import STATE, load_optimizer_tensors, load_state, optimizer_tensors, save_state
+from mfllm_ref.training import STATE, at, finite, load_optimizer_tensors, load_state, optimizer_tensors, save_state
 
 MEAN_FIELD, POLICY = "mean-field", "policy"
 RIVALS = ("sft", "recent-sft", "popular-sft", "empirical-sft")
@@ -156,7 +156,8 @@ class Tuner:
             for step in range(facts["step"], job.steps + 1):
                 row: dict = {"stage": job.name, "step": step}
                 if step % every == 0 and step + every <= job.steps or step == job.steps:
-                    row["dev_loss"] = select()
+                    with at(step, "the dev events"):
+                        row["dev_loss"] = finite("loss", select())
                     if facts["best"] is None or row["dev_loss"] < facts["best"]:
                         facts["best"], best = row["dev_loss"], [p.detach().clone() for p in parameters]
                 if step < job.steps:
@@ -172,6 +173,7 @@ class Tuner:
                     save_state(self.state, facts, **dict(zip(("adapter", "best"), numbered)), optimizer=optimizer_tensors([optimizer]))
         except FloatingPointError as error:
             self._keep(job, best)
+            self.log.append(pending)
             raise InputError(f"{self.run.out}: {error}; {job.name}/ holds the best adapter so far") from None
         finally:
             bar.close()
@@ -241,7 +243,8 @@ class Tuner:
         path = self.run.out / "summaries" / f"{name}.json"
         if not path.exists():
             path.parent.mkdir(exist_ok=True)
-            written = ib_tune.summaries(self.lm, pasts, job.mean_field, settings, until, self.progress)
+            with at(0, f"the summaries that {job.name} is tuned on"):
+                written = ib_tune.summaries(self.lm, pasts, job.mean_field, settings, until, self.progress)
             write_json(path, {past.event.id: texts for past, texts in zip(pasts, written, strict=True)})
             ranks.gather(None)  # all read the file below
         return [read_json(path)[past.event.id] for past in pasts]

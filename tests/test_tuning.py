@@ -1,5 +1,4 @@
 import json
-from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -168,21 +167,30 @@ def test_a_made_up_population_is_told_as_a_mean_field_tells_it(options, tmp_path
         assert set(parse(line.removeprefix(WORDING["en"].population), "en")) == set(DIMENSIONS) and len(document.branches) == 10
 
 
-def test_a_loss_that_becomes_nan_names_step_and_batch_and_leaves_the_last_good_adapter(options, tmp_path, monkeypatch, door):
-    apply = ib_tune.apply
+@pytest.mark.parametrize(("stage", "make"), [("sft", "policy_update"), ("mean-field", "mean_field_update")])
+def test_numbers_that_become_nan_name_step_and_batch_and_leave_the_best_adapter(options, tmp_path, monkeypatch, door, stage, make):
+    """Met first by the language model, or its sampler: one line, the log up to there, and the best version of those looked at."""
+    versions, made = [], getattr(ib_tune, make)
 
-    def poisoned(lm, update, optimizer, step, settings):
-        if step == 2:
-            loss, *rest = update.parts[0]()
-            update = replace(update, parts=[lambda: (loss * torch.nan, *rest)])
-        return apply(lm, update, optimizer, step, settings)
+    def poisoned(lm, *rest):
+        parameters = lm.adapters.parameters(stage)
+        versions.append([p.detach().clone() for p in parameters])
+        if len(versions) == 4:
+            parameters[0].detach().fill_(torch.nan)
+        return made(lm, *rest)
 
-    monkeypatch.setattr(ib_tune, "apply", poisoned)
-    code, _, said = door(*options, "--stage", "sft", "--method", "sft", "--out", tmp_path / "out")
-    assert code == 2 and "step 2" in said and "agora-train" in said and len(said.splitlines()) == 1
+    monkeypatch.setattr(ib_tune, make, poisoned)
+    monkeypatch.setattr(tuning, "SELECTIONS", 3)  # looked at: 0 and 2
+    out = tmp_path / "out"
+    code, _, said = door(*options, "--stage", stage, "--method", {"sft": "sft"}.get(stage, "mf-llm"), "--steps", "7,1", "--lr", 0.02, "--out", out)
+    assert code == 2 and "logits are not finite at step 3 (agora-train" in said and len(said.splitlines()) == 1
+    assert json.loads((out / "run.json").read_text())["status"] == "interrupted"
+    log = [json.loads(line) for line in open(out / "log.jsonl")]
+    assert [("loss" in row, "dev_loss" in row) for row in log] == [(True, True), (True, False), (True, True)]
+    assert log[2]["dev_loss"] < log[0]["dev_loss"], "so that the untouched version is not the best"
     lm = LanguageModel.load(options[3])
-    lm.load_adapter("sft", tmp_path / "out" / "sft")
-    assert all(torch.isfinite(p).all() for p in lm.adapters.parameters("sft"))
+    lm.load_adapter(stage, out / stage)
+    assert all(torch.equal(p, q) for p, q in zip(lm.adapters.parameters(stage), versions[2], strict=True))
 
 
 @pytest.mark.parametrize(("arguments", "said"), [
