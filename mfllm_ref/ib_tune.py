@@ -63,12 +63,12 @@ class Settings:
             raise InputError(f"--samples {self.samples}: the leave-one-out baseline needs at least 2")
         if self.lr is not None and not 0 < self.lr < 1:
             raise InputError(f"--lr {self.lr:g}: must lie between 0 and 1")
-        if not self.clip > 0:
-            raise InputError(f"--clip {self.clip:g}: must be positive")
+        if not self.clip > 0 or math.isinf(self.clip):
+            raise InputError(f"--clip {self.clip:g}: must be a positive number")
         if not 0 <= self.reweighted <= 1:
             raise InputError(f"--reweighted {self.reweighted:g}: must lie between 0 and 1")
-        if not self.repetition_penalty >= 0:
-            raise InputError(f"--repetition-penalty {self.repetition_penalty:g}: cannot be negative")
+        if not 0 <= self.repetition_penalty < math.inf:
+            raise InputError(f"--repetition-penalty {self.repetition_penalty:g}: must be a number of at least 0")
 
 
 # ---- the objective -------------------------------------------------------------------------------------------------

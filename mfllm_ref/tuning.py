@@ -104,6 +104,8 @@ def choose_events(
         if not tuned:
             raise InputError(f"{len(data)} events: an empty split, too few with over {2 * batch} actions to tune and select on")
     tuned, dev = ([Past(event, annotate, batch, half_life) for event in some] for some in (tuned, dev[:DEV_EVENTS]))
+    if all(past.steps <= DEV_STEPS[0] for past in dev):
+        raise InputError(f"an empty split: no event to select on has over {DEV_STEPS[0]} steps of actions")
     return tuned, dev
 
 
@@ -217,8 +219,6 @@ class Tuner:
         kind = "empirical" if job.signal == "mean-field" else job.signal  # of no such population a mean field was written
         mine, theirs = (fields, dev_fields) if job.signal == "mean-field" else ([], [])
         fixed = [told(self.dev, theirs, i, step) for i, p in enumerate(self.dev) for step in DEV_STEPS if step < p.steps]
-        if not fixed:
-            raise InputError(f"an empty split: no event to select on has over {DEV_STEPS[0]} steps of actions")
 
         def update(step: int) -> Update:
             rng = np.random.default_rng([settings.seed, 3, step])

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -65,6 +66,9 @@ def test_events_that_select_are_not_tuned_on(data):
     for few in ([], events[:1]):
         with pytest.raises(InputError, match="empty split"):
             tuning.choose_events(few, [], False, 10, ANNOTATE)
+    short = [replace(event, actions=event.actions[:30]) for event in events]
+    with pytest.raises(InputError, match="over 3 steps"):  # and so no chain of a mean field's on a dev event would end early
+        tuning.choose_events(short, [], False, 10, ANNOTATE)
     with pytest.raises(InputError, match="--leave-out nobody"):
         tuning.choose_events(events, ["nobody"], False, 10, ANNOTATE)
 
@@ -196,7 +200,8 @@ def test_numbers_that_become_nan_name_step_and_batch_and_leave_the_best_adapter(
 @pytest.mark.parametrize(("arguments", "said"), [
     (["--beta", "0"], "--beta 0"), (["--beta", "1,-2", "--stage", "mean-field"], "--beta -2"), (["--beta", "x"], "--beta"),
     (["--samples", "1"], "--samples 1"), (["--method", "state"], "--method"), (["--stage", "policy"], "--mean-field-adapter"),
-    (["--leave-out", "nobody"], "--leave-out nobody"), (["--split", "nowhere"], "nowhere"), (["--clip", "0"], "--clip 0"),
+    (["--leave-out", "nobody"], "--leave-out nobody"), (["--split", "nowhere"], "nowhere"), (["--clip", "0"], "--clip 0"), (["--clip", "inf"], "--clip inf"),
+    (["--repetition-penalty", "inf"], "--repetition-penalty inf"),
     (["--reweighted", "1.5"], "--reweighted 1.5"), (["--reweighted", "nan"], "--reweighted nan"),
     (["--beta", "1,2", "--stage", "mean-field"], "--sft-adapter"),
 ])  # fmt: skip
