@@ -37,7 +37,7 @@ from mfllm_ref.society.corpus import Corpus, Mixture, Past, pretraining_part
 from mfllm_ref.society.events import Event
 from mfllm_ref.society.response import response_curves, slope
 from mfllm_ref.society.signals import HALF_LIFE, imagined, verbalise
-from mfllm_ref.training import STATE, load_optimizer_tensors, load_state, optimizer_tensors, save_state
+from mfllm_ref.training import STATE, at, finite, load_optimizer_tensors, load_state, optimizer_tensors, save_state
 
 # A summary's token counts so much more in the loss than an action's: a document has some 60 of the first or 170 of the second,
 # which are soon as well predicted as they can be, while a summary that is wrong misleads all steps behind it.
@@ -214,7 +214,7 @@ def train_steps(
     and add up their gradients: in the order of the ranks, so that with another number of them sums round differently, and
     dropout's noise is another.
 
-    Raises FloatingPointError, naming the step, when the loss is no longer finite.
+    Raises FloatingPointError, naming step and batch, when the loss or its gradient is no longer finite: nothing is changed then.
     """
     backbone.train().requires_grad_(True)
     parameters, device = list(backbone.parameters()), next(backbone.parameters()).device
@@ -230,7 +230,8 @@ def train_steps(
         torch.manual_seed((settings.seed * settings.steps + step) * size + own)  # dropout's noise
         columns = (batch.ids, batch.positions, batch.segments, batch.targets)
         with torch.autocast(device.type, torch.bfloat16, enabled=settings.mixed):
-            nats, targets = loss_sums(backbone, Batch(*(t[own::size].to(device) for t in columns), batch.sorts[own::size]))
+            mine = Batch(*(t[own::size].to(device) for t in columns), batch.sorts[own::size], batch.events[own::size])
+            nats, targets = loss_sums(backbone, mine)
         sums, counts = torch.empty(2, settings.rows)
         for r, theirs in enumerate(ranks.gather((nats.detach().cpu(), targets.cpu()))):
             sums[r::size], counts[r::size] = theirs
@@ -238,21 +239,23 @@ def train_steps(
         weights = torch.where(summaries, SUMMARY_WEIGHT, 1.0)
         total = (weights * counts).sum()
         loss = (weights * sums).sum() / total
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f"the loss became {loss.item()} at step {step}")
+        named = ", ".join(f"{event} {sort}" for event, sort in zip(batch.events, batch.sorts, strict=True))
+        with at(step, named):
+            finite("loss", loss.item())
         ((nats * weights[own::size].to(device)).sum() / total.to(device)).backward()
         if size > 1:
             made = {own: [p.grad for p in parameters]}
             for optimizer in optimizers:
                 optimizer.zero_grad()
             ranks.add_gradients(parameters, made, [1.0] * size)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
+        with at(step, named):
+            norm = finite("gradient", torch.nn.utils.clip_grad_norm_(parameters, settings.clip).item())
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, settings.steps, group["peak"])
             optimizer.step()
             optimizer.zero_grad()
-        row = {"step": step, "loss": loss.item(), "gradient_norm": norm.item()}
+        row = {"step": step, "loss": loss.item(), "gradient_norm": norm}
         for name, rows in (("mean_field", summaries), ("policy", ~summaries)):
             row[f"{name}_loss"] = (sums[rows].sum() / counts[rows].sum()).item() if rows.any() else None
         row["seconds"] = time.perf_counter() - started
@@ -328,7 +331,9 @@ def run(run: Run, settings: Mapping[str, Any], events: Sequence[Event] | None, d
                 parameters = dict(backbone.named_parameters())
                 save_state(state, {"step": row["step"] + 1}, backbone=parameters, optimizer=optimizer_tensors(tuned))
     except FloatingPointError as error:
-        raise InputError(f"{run.out}: {error}; the last good state is in {state.name}") from None
+        log.append(pending)
+        kept = f"; the last good state is in {state.name}" if state.exists() else ""
+        raise InputError(f"{run.out}: {error}{kept}") from None
     bar.close()
     settle_embeddings(backbone)
     save_backbone(backbone, run.out)

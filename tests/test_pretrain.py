@@ -205,6 +205,12 @@ def test_a_pretrained_folder_loads_in_transformers_and_a_killed_run_resumes_to_t
     assert not (tmp_path / "cut" / "model.safetensors").exists()
     code, _, said = door(*options, "--seed", 1, "--out", tmp_path / "cut", "--resume")
     assert code == 2 and "seed" in said
+    clip, norms = torch.nn.utils.clip_grad_norm_, []
+
+    def poisoned(parameters, most):
+        norms.append(clip(parameters, most) * torch.nan)
+        return norms[-1]
+
     state = tmp_path / "cut" / "state.safetensors"
     kept, (facts, groups) = state.read_bytes(), training.load_state(state, torch.device("cpu"))
     groups["backbone"].popitem()
@@ -212,6 +218,11 @@ def test_a_pretrained_folder_loads_in_transformers_and_a_killed_run_resumes_to_t
     code, _, said = door(*options, "--out", tmp_path / "cut", "--resume")
     assert code == 2 and "other parameters" in said and state.name in said
     state.write_bytes(kept)
+    with monkeypatch.context() as patch:  # a gradient that is not finite: nothing moves, what is on disk stays good
+        patch.setattr(torch.nn.utils, "clip_grad_norm_", poisoned)
+        code, _, said = door(*options, "--out", tmp_path / "cut", "--resume")
+    assert code == 2 and "the gradient became nan at step 2 (agora-train-" in said and "good state is in state.safetensors" in said
+    assert len(norms) == len(said.splitlines()) == 1 and state.read_bytes() == kept
     assert door(*options, "--out", tmp_path / "cut", "--resume")[0] == 0
     for name in ("model.safetensors", "tokenizer.json", "config.json"):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

@@ -23,10 +23,11 @@ TUNING_SHARE = 0.21  # of an outside data set's events, kept from pretraining fo
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """`branches` are (private prompt, target); every target is followed by end of text."""
+    """`branches` are (private prompt, target); every target is followed by end of text. `event` is the id of the one it is of."""
 
     prefix: str
     branches: tuple[tuple[str, str], ...]
+    event: str = ""
 
 
 def pretraining_part(events: Sequence[Event]) -> tuple[list[Event], list[Event]]:
@@ -82,7 +83,7 @@ class Past:
         """The actions of `step` (or `width` of them from there on), given a signal."""
         event = self.event
         prefix = prompts.policy_shared(event.language, event.topic, self.posts(step), signal)
-        return Document(prefix, tuple(_branch(event.language, seen) for seen in self.actions(step, width)))
+        return Document(prefix, tuple(_branch(event.language, seen) for seen in self.actions(step, width)), event.id)
 
     def reweighted(self, kind: str, width: int, rng: np.random.Generator, others: Sequence["Past"] = ()) -> Document:
         """A population that this event did not have: actions drawn so that a random dimension's shares are random, and a
@@ -110,11 +111,11 @@ class Past:
             population = {d: np.bincount(some, weights, len(DIMENSIONS[d])) for d, some in codes.items()}
             signal = Signal("population", (verbalise(population, event.language),))
         prefix = prompts.policy_shared(event.language, event.topic, [], signal)
-        return Document(prefix, tuple(_branch(event.language, seen) for seen in drawn[:width]))
+        return Document(prefix, tuple(_branch(event.language, seen) for seen in drawn[:width]), event.id)
 
     def prior(self, step: int) -> Document:
         """The summary after `step`, told neither topic nor history."""
-        return Document(prompts.prior_prompt(self.event.language), (("", self.population[step + 1]),))
+        return Document(prompts.prior_prompt(self.event.language), (("", self.population[step + 1]),), self.event.id)
 
     def mean_field(self, step: int, others: int = 0, rng: np.random.Generator | None = None) -> Document:
         """The summary after `step`, written by the verbaliser from counts; then those that would follow if one of `others`
@@ -133,7 +134,7 @@ class Past:
             before = verbalise(mixed, language)
             told.append((before, verbalise(self.follows(step, before), language, rng)))
         branches = tuple((prompts.mean_field_private(language, before), after) for before, after in told)
-        return Document(self._newest(step), branches)
+        return Document(self._newest(step), branches, self.event.id)
 
     def counted(self, step: int, count: int, rng: np.random.Generator) -> Document:
         """`count` first summaries, of populations of which only a few have acted: from one to half a step of real actions in a
@@ -145,7 +146,8 @@ class Past:
             actions = self.seen[start : start + few]
             private = self._listed(actions, len(actions)) + prompts.mean_field_private(language, "")
             branches.append((private, verbalise(shares([seen.labels for seen in actions]), language)))
-        return Document(prompts.mean_field_context(language, self.event.topic, self.posts(step)), tuple(branches))
+        context = prompts.mean_field_context(language, self.event.topic, self.posts(step))
+        return Document(context, tuple(branches), self.event.id)
 
     def follows(self, step: int, before: str) -> Shares:
         """The exact shares after `step`, were those that the summary `before` states the shares before it."""
