@@ -97,6 +97,8 @@ def pretraining(args: argparse.Namespace, data: Path | None, out: Path, common: 
     }  # fmt: skip
     if args.shard:
         raise doors.InputError("--shard: is for a frozen backbone, which pretraining has not")
+    if args.leave_out:
+        raise doors.InputError(f"--leave-out {args.leave_out[0]}: is for tuning, pretraining leaves a fifth of --data out itself")
     if len(args.steps) > 1:
         raise doors.InputError(f"--steps {','.join(map(str, args.steps))}: pretraining is one stage")
     if not 0 < settings["lr"] < 1:
@@ -143,7 +145,7 @@ def tuning(args: argparse.Namespace, data: Path | None, out: Path, common: dict)
     )  # fmt: skip
     for beta in args.beta:
         dataclasses.replace(settings, beta=beta).check()
-    todo = tuning.jobs(args.stage, args.method.split(",") if args.method else None, steps, args.beta)
+    todo = tuning.jobs(args.stage, [name.strip() for name in args.method.split(",")] if args.method else None, steps, args.beta)
     backbone = args.backbone or doors.CHECKPOINTS / "tiny"
     events, annotate = load_events(data) if data else None, RuleAnnotator()
     kept_only = runs.pretraining(backbone).get("data") is not None  # of which it left a fifth for tuning
@@ -212,6 +214,9 @@ def main() -> None:
     args = parser().parse_args()
     from mfllm_ref import runs
 
+    for option, values in (("--split", [args.split] if args.split else []), ("--leave-out", args.leave_out)):
+        if values and not args.data:
+            raise doors.InputError(f"{option} {values[0]}: is of the events of --data, of which there are none")
     out = args.out or runs.default_out()
     runs.check_place(out, args.resume)
     common = {

@@ -55,10 +55,8 @@ def jobs(stage: str, methods: Sequence[str] | None, steps: tuple[int, int], beta
 
     Raises InputError for methods that do not exist or that the stage cannot tune.
     """
-    if len(betas) > 1:
-        if stage != MEAN_FIELD:
-            raise InputError("--beta: several values are for --stage mean-field")
-        return [Job(f"beta-{beta:g}/{MEAN_FIELD}", None, None, steps[0], PLANE_LR, beta) for beta in dict.fromkeys(betas)]
+    if len(betas) > 1 and stage != MEAN_FIELD:
+        raise InputError("--beta: several values are for --stage mean-field")
     if methods is None:
         methods = RIVALS if stage == "sft" else ("mf-llm",)
     elif list(methods) == ["all"]:
@@ -69,7 +67,7 @@ def jobs(stage: str, methods: Sequence[str] | None, steps: tuple[int, int], beta
             raise InputError(f"--method {name!r}: nothing to tune; there are all, {known}")
     chosen = [METHODS[name] for name in METHODS if name in methods]
     found: dict[str, Job] = {}
-    if stage in ("all", MEAN_FIELD) and (stage == MEAN_FIELD or any(m.mean_field for m in chosen)):
+    if stage in ("all", MEAN_FIELD) and any(m.mean_field for m in chosen):
         found[MEAN_FIELD] = Job(MEAN_FIELD, None, None, steps[0], MEAN_FIELD_LR, betas[0])
     for method in sorted(chosen, key=lambda m: m.policy != POLICY):
         if method.policy and stage in ("all", "sft" if method.name in RIVALS else POLICY):
@@ -77,6 +75,9 @@ def jobs(stage: str, methods: Sequence[str] | None, steps: tuple[int, int], beta
             found[method.policy] = Job(method.policy, method.signal, method.mean_field, updates, POLICY_LR)
     if not found:
         raise InputError(f"--method {','.join(methods)}: stage {stage} tunes nothing of it")
+    if len(betas) > 1:
+        places = {f"beta-{beta!r}".removesuffix(".0"): beta for beta in betas}
+        return [Job(f"{place}/{MEAN_FIELD}", None, None, steps[0], PLANE_LR, beta) for place, beta in places.items()]
     return list(found.values())
 
 

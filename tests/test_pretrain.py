@@ -244,7 +244,8 @@ def test_products_are_bfloat16_where_the_cpu_multiplies_it_fast(tmp_path, monkey
 
 
 @pytest.mark.parametrize(("arguments", "said"), [
-    (["--data", "nowhere"], "nowhere"), (["--lr", "7"], "--lr 7"), (["--steps", "0"], "--steps"), (["--stage", "x"], "--stage"),
+    (["--data", "nowhere"], "nowhere"), (["--split", "dev"], "--split dev"), (["--leave-out", "a"], "--leave-out a"),
+    (["--lr", "7"], "--lr 7"), (["--steps", "0"], "--steps"), (["--stage", "x"], "--stage"),
     (["--stage", "pretrain", "--dropout", "1"], "--dropout 1"), (["--stage", "pretrain", "--dropout", "nan"], "--dropout nan"),
     (["--stage", "pretrain", "--dtype", "float64"], "--dtype float64"), (["--stage", "pretrain", "--steps", "3,4"], "--steps 3,4"),
 ])  # fmt: skip

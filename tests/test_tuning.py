@@ -49,9 +49,13 @@ def test_stages_and_methods_decide_what_is_tuned():
     assert names(tuning.jobs("all", ["all"], (5, 4), [1.0]))[:2] == both, "a policy is tuned on summaries of the mean field before it"
     plane = tuning.jobs("mean-field", None, (5, 4), [0.1, 10.0])
     assert [(job.name, job.beta) for job in plane] == [("beta-0.1/mean-field", 0.1), ("beta-10/mean-field", 10.0)]
-    for stage, methods in (("all", ["state"]), ("all", ["x"]), ("sft", ["mf-llm"]), ("policy", ["sft"])):
-        with pytest.raises(InputError, match="--method"):
-            tuning.jobs(stage, methods, (5, 4), [1.0])
+    close = [job.name for job in tuning.jobs("mean-field", None, (5, 4), [1.00000001, 1.00000002, 1.00000001])]
+    assert close == ["beta-1.00000001/mean-field", "beta-1.00000002/mean-field"], "a folder for each, and once"
+    wrong = (("all", ["state"]), ("all", ["x"]), ("sft", ["mf-llm"]), ("policy", ["sft"]), ("mean-field", ["sft"]))
+    for stage, methods in wrong:
+        for several in ([], [2.0]) if stage == "mean-field" else ([],):
+            with pytest.raises(InputError, match="--method"):
+                tuning.jobs(stage, methods, (5, 4), [1.0, *several])
     with pytest.raises(InputError, match="--beta"):
         tuning.jobs("all", None, (5, 4), [1.0, 2.0])
 
@@ -203,7 +207,8 @@ def test_numbers_that_become_nan_name_step_and_batch_and_leave_the_best_adapter(
     (["--leave-out", "nobody"], "--leave-out nobody"), (["--split", "nowhere"], "nowhere"), (["--clip", "0"], "--clip 0"), (["--clip", "inf"], "--clip inf"),
     (["--repetition-penalty", "inf"], "--repetition-penalty inf"),
     (["--reweighted", "1.5"], "--reweighted 1.5"), (["--reweighted", "nan"], "--reweighted nan"),
-    (["--beta", "1,2", "--stage", "mean-field"], "--sft-adapter"),
+    (["--beta", "1,2", "--stage", "mean-field"], "--sft-adapter"), (["--method", "sft, x"], "--method 'x'"),
+    (["--stage", "pretrain", "--leave-out", "a"], "--leave-out a"),
 ])  # fmt: skip
 def test_bad_options_are_one_line(options, tmp_path, arguments, said, door):
     code, _, errors = door(*options, *arguments, "--out", tmp_path / "out")
