@@ -66,11 +66,7 @@ def main() -> None:
     args = parser().parse_args()
     from mfllm_ref import metrics, report, runs
 
-    if args.resume and args.out is None:
-        raise doors.InputError("--resume: name the folder to go on in with --out")
-    out = args.out or runs.default_out()
-    runs.check_place(out, args.resume)
-
+    out = doors.place(args)
     from mfllm_ref import simulation  # torch takes a second or two; whatever is wrong above is said before
     from mfllm_ref.lm import LanguageModel
     from mfllm_ref.society.annotate import LMAnnotator, RuleAnnotator
@@ -124,9 +120,7 @@ def main() -> None:
         if run.finished:
             print(f"{out} is finished: see {out / 'report.png'}")
             return
-        show = sys.stderr.isatty()
-        if show:
-            print(f"writing to {out}", file=sys.stderr)
+        show = doors.progress(out)
         common = (lm, worlds, settings, annotate)
         written, seconds = simulation.roll_out(run, "", *common, intervention, likelihood=True, progress=show)
         if intervention:

@@ -119,7 +119,7 @@ def pretraining(args: argparse.Namespace, data: Path | None, out: Path, common: 
             print(f"{out} is finished")
             return
         started = time.perf_counter()
-        result = pretrain.run(run, settings, events, device, progress=sys.stderr.isatty())
+        result = pretrain.run(run, settings, events, device, doors.progress(out))
         report.loss_curve(list(runs.read_json_lines(out / "log.jsonl")), out / "loss.png")
         run.complete(**result)
         print(f"{out}: {result['parameters'] / 1e6:.1f} M parameters in {time.perf_counter() - started:.0f} s")
@@ -181,8 +181,7 @@ def tuning(args: argparse.Namespace, data: Path | None, out: Path, common: dict)
         if run.finished:
             print(f"{out} is finished: see {out / 'loss.png'}")
             return
-        show = sys.stderr.isatty()
-        tuner = tuning.Tuner(run, lm, tuned, dev, settings, args.rank, args.save_every or 20, reward, show)
+        tuner = tuning.Tuner(run, lm, tuned, dev, settings, args.rank, args.save_every or 20, reward, doors.progress(out))
         tuner.all(todo)
         report.loss_curve(runs.read_json_lines(out / "log.jsonl"), out / "loss.png")
         result: dict = {}
@@ -212,13 +211,10 @@ def tuning(args: argparse.Namespace, data: Path | None, out: Path, common: dict)
 
 def main() -> None:
     args = parser().parse_args()
-    from mfllm_ref import runs
-
     for option, values in (("--split", [args.split] if args.split else []), ("--leave-out", args.leave_out)):
         if values and not args.data:
             raise doors.InputError(f"{option} {values[0]}: is of the events of --data, of which there are none")
-    out = args.out or runs.default_out()
-    runs.check_place(out, args.resume)
+    out = doors.place(args)
     common = {
         "command": "train.py", "stage": args.stage, "data": str(args.data) if args.data else None, "batch": args.batch,
         "half_life": doors.half_life(args), "seed": args.seed, "threads": doors.threads(args),

@@ -152,6 +152,24 @@ def _notices(name: str) -> Iterator[None]:
         warnings.formatwarning = usual
 
 
+def place(args: argparse.Namespace) -> Path:
+    """The folder of this run: --out, by default a new one. InputError where a run cannot be there, or --resume names none."""
+    from mfllm_ref import runs
+
+    if args.resume and args.out is None:
+        raise InputError("--resume: name the folder to go on in with --out")
+    out = args.out or runs.default_out()
+    runs.check_place(out, args.resume)
+    return out
+
+
+def progress(out: Path) -> bool:
+    """Whether to show progress: on a terminal, which is told first where the run is."""
+    if show := sys.stderr.isatty():
+        print(f"writing to {out}", file=sys.stderr)
+    return show
+
+
 def run_door(name: str, main: Callable[[], None]) -> int:
     """Run a door: exit code 0, 2 with one line on stderr for bad input, 130 on Ctrl-C. Under torchrun one process prints
     that line, and the code is 1 where another process has ended without one."""
@@ -163,10 +181,9 @@ def run_door(name: str, main: Callable[[], None]) -> int:
         code, said = 2, str(error)
     except FloatingPointError as error:  # weights that overflow: no NaN goes on into a file
         code, said = 2, f"{error} (damaged weights, or a --dtype too narrow for them)"
-    except KeyboardInterrupt:
-        code, said = 130, "interrupted; --resume goes on from what is on disk"
-    except ranks.Lost:
-        code, said = 1, "another process of this job has ended; --resume goes on from what is on disk"
+    except (KeyboardInterrupt, ranks.Lost) as error:
+        code, why = (130, "interrupted") if isinstance(error, KeyboardInterrupt) else (1, "another process of this job has ended")
+        said = "; ".join([why, *getattr(error, "__notes__", [])])
     if ranks.first_to_report():
         print(f"{name}: {said}", file=sys.stderr)
     return code

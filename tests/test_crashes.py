@@ -147,7 +147,7 @@ def test_killed_in_the_middle_of_a_disk_operation_it_ends_at_the_same_bytes(serv
 
 @WITHOUT_PLANE
 def test_ctrl_c_ends_at_once_and_can_be_resumed(server, case, tmp_path):
-    """Exit 130 within 2 s, one line that says what to do, and --resume ends at the same bytes."""
+    """Exit 130 within 2 s, one line that says what to do, where, and --resume ends at the same bytes."""
     arguments, expected, _ = case
     started = server.start(*arguments, "--out", tmp_path / "a")
     rows = tmp_path / "a" / ROWS[arguments[0]]
@@ -155,7 +155,7 @@ def test_ctrl_c_ends_at_once_and_can_be_resumed(server, case, tmp_path):
         time.sleep(0.005)
     ended = server.ask(end=started, signal=signal.SIGINT, after=0)
     assert ended["code"] == 130 and ended["after_signal"] < 2, ended
-    assert len(ended["stderr"].splitlines()) == 1 and "--resume" in ended["stderr"]
+    assert len(ended["stderr"].splitlines()) == 1 and f"--out {tmp_path / 'a'} --resume" in ended["stderr"]
     assert json.loads((tmp_path / "a" / "run.json").read_text())["status"] == "interrupted"
     resumed(server, arguments, expected, tmp_path / "a")
 

@@ -201,7 +201,10 @@ def test_a_pretrained_folder_loads_in_transformers_and_a_killed_run_resumes_to_t
 
     with monkeypatch.context() as patch:
         patch.setattr(training, "write_bytes", interrupted)
-        assert door(*options, "--out", tmp_path / "cut")[0] == 130
+        code, _, said = door(*options, "--out", tmp_path / "cut")
+    assert code == 130 and f"--out {tmp_path / 'cut'} --resume" in said
+    code, _, said = door(*options, "--resume")
+    assert code == 2 and "--resume: name the folder" in said
     assert not (tmp_path / "cut" / "model.safetensors").exists()
     code, _, said = door(*options, "--seed", 1, "--out", tmp_path / "cut", "--resume")
     assert code == 2 and "seed" in said

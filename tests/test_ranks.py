@@ -103,7 +103,7 @@ def test_torchrun_and_a_single_process_write_the_same_bytes(random_folder, tmp_p
     job = torchrun(tmp_path / "dies.py", *arguments, tmp_path / "cut")
     _, errors = job.communicate(timeout=60)
     assert job.returncode == 1 and [line for line in errors.splitlines() if line.startswith("simulate.py:")] == [
-        "simulate.py: another process of this job has ended; --resume goes on from what is on disk"
+        f"simulate.py: another process of this job has ended; --out {tmp_path / 'cut'} --resume goes on from what is on disk"
     ]
     assert json.loads((tmp_path / "cut" / "run.json").read_text())["status"] == "interrupted"
     whole = torchrun("simulate.py", *arguments, tmp_path / "whole")
