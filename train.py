@@ -148,7 +148,8 @@ def tuning(args: argparse.Namespace, data: Path | None, out: Path, common: dict)
     todo = tuning.jobs(args.stage, [name.strip() for name in args.method.split(",")] if args.method else None, steps, args.beta)
     backbone = args.backbone or doors.CHECKPOINTS / "tiny"
     events, annotate = load_events(data) if data else None, RuleAnnotator()
-    kept_only = runs.pretraining(backbone).get("data") is not None  # of which it left a fifth for tuning
+    # Of the same events pretraining has left a fifth for tuning; of any others it has seen none.
+    kept_only = data is not None and runs.pretraining(backbone)["sha256"].get("data") == runs.sha256(data)
     tuned, dev = tuning.choose_events(events, args.leave_out, kept_only, args.batch, annotate, common["half_life"])
 
     lm = LanguageModel.load(backbone, device=str(device), dtype=dtype, spread=args.shard)

@@ -82,7 +82,7 @@ def half_life(args: argparse.Namespace) -> int:
     if args.half_life or args.backbone is None:
         return args.half_life or HALF_LIFE
     where = str(args.backbone / runs.RUN_FILE)
-    found = number_field(runs.pretraining(args.backbone), "half_life", where, HALF_LIFE)
+    found = number_field(runs.pretraining(args.backbone)["settings"], "half_life", where, HALF_LIFE)
     if found < 1:
         raise InputError(f"{where}: 'half_life' must be at least 1, not {found:g}")
     return int(found)

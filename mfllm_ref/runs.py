@@ -180,13 +180,13 @@ def provenance(inputs: Mapping[str, Path]) -> dict:
 # ---- the folder ----------------------------------------------------------------------------------------------------
 
 
-def pretraining(backbone: Path) -> dict:
-    """The settings with which this project pretrained the checkpoint in a folder; {} for any other. InputError where the run.json
-    that lies there is damaged."""
+def pretraining(backbone: Path) -> dict[str, dict]:
+    """{"settings", "sha256"} of the run in which this project pretrained the checkpoint in a folder, both {} for any other.
+    InputError where the run.json that lies there is damaged."""
     path = backbone / RUN_FILE
     record = an_object(read_json(path), str(path), "a run's record") if path.is_file() else {}
-    settings = an_object(record.get("settings", {}), str(path), "'settings'")
-    return settings if settings.get("stage") == "pretrain" else {}
+    found = {name: an_object(record.get(name, {}), str(path), f"'{name}'") for name in ("settings", "sha256")}
+    return found if found["settings"].get("stage") == "pretrain" else dict.fromkeys(found, {})
 
 
 def _now() -> str:

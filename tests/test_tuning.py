@@ -9,7 +9,7 @@ import train
 from mfllm_ref import ib_tune, tuning
 from mfllm_ref.errors import InputError
 from mfllm_ref.lm import LanguageModel
-from mfllm_ref.runs import TIME_FIELDS
+from mfllm_ref.runs import TIME_FIELDS, sha256
 from mfllm_ref.society import agora
 from mfllm_ref.society.annotate import RuleAnnotator
 from mfllm_ref.society.corpus import Past
@@ -75,6 +75,22 @@ def test_events_that_select_are_not_tuned_on(data):
         tuning.choose_events(short, [], False, 10, ANNOTATE)
     with pytest.raises(InputError, match="--leave-out nobody"):
         tuning.choose_events(events, ["nobody"], False, 10, ANNOTATE)
+
+
+@pytest.mark.parametrize(("pretrained_on", "kept_only"), [("the same", True), ("other data", False), (None, False)])
+def test_only_what_pretraining_has_seen_is_left_out(data, tmp_path, monkeypatch, door, pretrained_on, kept_only):
+    """Data is what it says, wherever it lies: a backbone has seen four fifths of its own and none of other data."""
+
+    def chosen(events, leave_out, kept_only, *rest):
+        raise InputError(f"kept only: {kept_only}")
+
+    monkeypatch.setattr(tuning, "choose_events", chosen)
+    moved = tmp_path / "moved.jsonl"
+    moved.write_bytes(data.read_bytes())
+    digests = {"the same": {"data": sha256(data)}, "other data": {"data": "ab"}, None: {}}[pretrained_on]
+    settings = {"stage": "pretrain", "data": pretrained_on and str(data)}
+    (tmp_path / "run.json").write_text(json.dumps({"settings": settings, "sha256": digests}))
+    assert f"kept only: {kept_only}" in door("--data", moved, "--backbone", tmp_path, "--threads", 1, "--out", tmp_path / "out")[2]
 
 
 OPTIONS = ("--steps", "3,4", "--rows", 2, "--micro", 1, "--samples", 2, "--save-every", 2, "--threads", 1, "--rank", 2, "--summary-tokens", 8)
