@@ -8,10 +8,13 @@ import torch
 from torch import Tensor
 
 
+ON = ("1", "true", "on", "y", "yes")  # what Triton takes for yes, in any case
+
+
 def runs_triton(x: Tensor) -> bool:
     """Whether Triton computes x: a CUDA tensor, or any under Triton's interpreter (TRITON_INTERPRET=1, set before the
     kernels are first used). float64 is PyTorch's everywhere."""
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    interpreted = os.environ.get("TRITON_INTERPRET", "").lower() in ON  # as triton.knobs says, which is slow to import
     return x.dtype != torch.float64 and (x.is_cuda or interpreted) and _installed()
 
 
