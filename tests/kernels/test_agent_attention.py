@@ -16,6 +16,9 @@ from kernels.agent_attention import Plan, agent_attention_reference
 
 MODULE = sys.modules["kernels.agent_attention"]
 ARGUMENTS = ("q", "prefix_k", "prefix_v", "suffix_k", "suffix_v")
+# What hypothesis draws for Triton: bfloat16 where it is multiplied, not in the interpreter.
+FLOATS = [torch.float32, torch.float16] + [torch.bfloat16] * torch.cuda.is_available()
+NEAR = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 3e-2}  # of PyTorch's path
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 
@@ -90,19 +93,21 @@ def oracle(case, window=None):
     window=st.none() | st.integers(1, 18),
     dirty=st.booleans(),
     cells=st.sampled_from([1, 60, 2**19]),
-    dtype=st.sampled_from([torch.float32, torch.float64]),
+    head_dim=st.sampled_from([1, 8, 20, 32, 80, 128]),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.float16, torch.bfloat16]),
     transposed=st.booleans(),
     seed=st.integers(0, 10_000),
 )
-@settings(max_examples=150, derandomize=True, deadline=None)
-def test_any_shape_equals_the_oracle(counts, q_len, prefix, suffix, heads, window, dirty, cells, dtype, transposed, seed):
+@settings(max_examples=200, derandomize=True, deadline=None)
+def test_any_shape_equals_the_oracle(
+    counts, q_len, prefix, suffix, heads, head_dim, window, dirty, cells, dtype, transposed, seed
+):
     """Invariant: whatever the lengths, worlds, heads and window, however the work is cut into pieces, and whatever unused
     slots hold and however keys lie in memory, fast path and reference both give what plain attention over the visible keys
     gives."""
-    case = make(counts, q_len, prefix, suffix, *heads, seed=seed)
-    expected = oracle(case, window).to(dtype)
+    case = make(counts, q_len, prefix, suffix, *heads, head_dim, dtype, seed)
+    expected = oracle({name: x.double() for name, x in case.items()}, window).to(dtype)
     case = spoil(case) if dirty else case
-    case = {name: x.to(dtype) if x.is_floating_point() else x for name, x in case.items()}
     if transposed:
         case |= {name: x.mT.contiguous().mT for name, x in case.items() if x.dim() == 4}
     before, MODULE.CELLS = MODULE.CELLS, cells
@@ -110,9 +115,9 @@ def test_any_shape_equals_the_oracle(counts, q_len, prefix, suffix, heads, windo
         fast = agent_attention(**case, window=window)
     finally:
         MODULE.CELLS = before
-    near = 1e-12 if dtype == torch.float64 else 1e-5
-    torch.testing.assert_close(fast, expected, rtol=0, atol=near)
-    torch.testing.assert_close(agent_attention_reference(**case, window=window), expected, rtol=0, atol=near)
+    near, exact = NEAR[dtype], 8e-3 if dtype == torch.bfloat16 else NEAR[dtype]  # the reference rounds its result alone
+    torch.testing.assert_close(fast, expected, rtol=near, atol=near)
+    torch.testing.assert_close(agent_attention_reference(**case, window=window), expected, rtol=exact, atol=exact)
 
 
 @pytest.mark.parametrize("numbers", [1, 1500, 2**21])
@@ -135,7 +140,7 @@ TRITON = {
     "head_dim": st.sampled_from([8, 32, 80, 100, 128]),
     "window": st.sampled_from([None, None, 1, 12, 100]),
     "dirty": st.booleans(),
-    "dtype": st.sampled_from([torch.float32, torch.float16]),
+    "dtype": st.sampled_from(FLOATS),
     "seed": st.integers(0, 10_000),
 }
 
@@ -213,6 +218,19 @@ def test_gradients_do_not_depend_on_how_far_scores_are_from_zero(path, offset, d
     for i, (one, other) in enumerate(zip(gradients(agent_attention, on(path, case), up.to(path)), expected, strict=True)):
         size = abs(offset) if i == 0 else max(1.0, float(other.abs().max()))  # queries': of terms times keys as large as that
         torch.testing.assert_close(one.cpu().double(), other, rtol=0, atol=4 * TOLERANCE[dtype] * size)
+
+
+@pytest.mark.parametrize("q_len", [1, 6])
+@pytest.mark.parametrize("offset", [-100, 60])
+def test_bfloat16_is_as_exact_where_scores_are_far_from_zero(path, offset, q_len):
+    """Invariant: what is added to all of a row's scores costs no precision, though bfloat16 keeps but three digits of them."""
+    case = make([5, 3], q_len, 40, 6, head_dim=32, dtype=torch.bfloat16, seed=8)
+    case["prefix_len"] = torch.tensor([37, 12], dtype=torch.int32)
+    case["suffix_len"].fill_(6)
+    for name in ("q", "prefix_k", "suffix_k"):
+        case[name][..., 0] = 4.0 if name == "q" else offset * 32**0.5 / 4
+    found, exact = agent_attention(**on(path, case)).cpu().double(), oracle({k: x.double() for k, x in case.items()})
+    assert (found - exact).norm() < 0.01 * exact.norm()
 
 
 @pytest.mark.parametrize("window", [None, 5])
