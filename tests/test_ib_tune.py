@@ -196,24 +196,40 @@ def tuned(random_lm):
 SMALL = Settings(lr=1e-2, rows=3, micro=2, samples=2, summary_tokens=6, beta=2.0)
 
 
-def test_an_update_is_the_estimator_on_its_own_samples(tuned, pasts):
-    """Whatever micro-batches it is cut into, an update's gradient is that of the surrogate over all its chains."""
-    chains = Chains(pasts, 3, 0)
-    now = list(chains.chains)
+def test_an_update_is_the_estimator_on_its_own_samples(tuned, pasts, monkeypatch):
+    """Whatever micro-batches it is cut into, an update's gradient is that of the surrogate over all its chains, repeated tokens
+    off the reward. It is logged and clipped, moves the adapter at the schedule's rate, and the chains go on with sample 1."""
+    assert ib_tune.repeated([1, 2, 1, 1]) == 2
+    monkeypatch.setattr(ib_tune, "repeated", lambda ids: sum(ids) % 5)  # six random tokens hardly repeat
+    settings = replace(SMALL, repetition_penalty=3.0, steps=10, clip=1e-3)
+    now = list(Chains(pasts, 3, 0).chains)
     gradients = []
     for micro in (1, 2, 3):
-        update = ib_tune.mean_field_update(tuned, Chains(pasts, 3, 0), replace(SMALL, micro=micro), 5, "mean-field", None)
+        chains = Chains(pasts, 3, 0)
+        update = ib_tune.mean_field_update(tuned, chains, replace(settings, micro=micro), 5, "mean-field", None)
         tuned.backbone.zero_grad()
         parameters = tuned.adapters.parameters("mean-field")
         total = sum(loss * share for loss, share, _ in (part() for part in update.parts))
         gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(total, parameters)]))
-    sampled = ib_tune.draw(tuned, pasts, now, 2, SMALL, 5, "mean-field", None)
+    sampled = ib_tune.draw(tuned, pasts, now, 2, settings, 5, "mean-field", None)
     log_prob, kl = ib_tune.information_terms(tuned, pasts, now, sampled.ids, "mean-field")
-    whole = surrogate(log_prob, kl, sampled.reward, 2.0).mean()
+    reward = sampled.reward - 3.0 * torch.tensor([[sum(ids) % 5 for ids in some] for some in sampled.ids])
+    assert (reward < sampled.reward).any()
+    whole = surrogate(log_prob, kl, reward, 2.0).mean()
     gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(whole, parameters)]))
     assert gradients[0].abs().max() > 0
     for gradient_ in gradients[1:]:
         assert torch.allclose(gradient_, gradients[0], atol=1e-9)
+    goes_on = [(after, texts) for after, before, texts in zip(chains.chains, now, sampled.texts) if after.past == before.past]
+    assert goes_on and all(after.summary == texts[0] != texts[1] for after, texts in goes_on)
+    before = [p.detach().clone() for p in parameters]
+    row = ib_tune.apply(tuned, update, torch.optim.SGD(parameters), 5, settings)
+    expected = {"kl": kl.sum(-1).mean(), "reward": sampled.reward.mean(), "loss": kl.sum(-1).mean() - 2 * reward.mean()}
+    for name, value in (expected | {"gradient_norm": gradients[0].norm()}).items():
+        assert row[name] == pytest.approx(value.item(), abs=1e-9) != 0
+    moved = torch.cat([(p - q).flatten() for p, q in zip(parameters, before, strict=True)])
+    assert row["gradient_norm"] > 1e-3 and ib_tune.learning_rate(5, 10, 1e-2) < 1e-2
+    assert float(moved.norm()) == pytest.approx(1e-3 * ib_tune.learning_rate(5, 10, 1e-2), rel=1e-3)
 
 
 def test_the_reward_is_the_log_likelihood_of_the_guided_step(tuned, pasts):
@@ -286,6 +302,10 @@ def test_the_policy_stage_learns(tuned, pasts):
         ib_tune.apply(tuned, ib_tune.policy_update(tuned, documents, settings, "policy", "it"), optimizer, step, settings)
         for step in range(8)
     ]
+    with tuned.adapter(None):
+        reward, tokens = ib_tune.log_likelihood(tuned, documents)  # an adapter begins as the identity
+    assert rows[0]["reward"] == -rows[0]["loss"] == pytest.approx(float(reward.mean()))
+    assert rows[0]["action_nll"] == pytest.approx(-float(reward.sum() / tokens.sum()))
     assert rows[-1]["loss"] < rows[0]["loss"] - 1 and rows[-1]["action_nll"] < rows[0]["action_nll"]
     assert all(torch.equal(p, q) for p, q in zip(weights, tuned.backbone.parameters(), strict=True))
 

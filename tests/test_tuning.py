@@ -98,7 +98,8 @@ OPTIONS = ("--steps", "3,4", "--rows", 2, "--micro", 1, "--samples", 2, "--save-
 
 @pytest.fixture
 def options(data, random_folder, monkeypatch):
-    monkeypatch.setattr(tuning, "compare", lambda *a: {})  # the random model's texts say nothing
+    compare = tuning.compare  # small, as the random model's texts say nothing
+    monkeypatch.setattr(tuning, "compare", lambda *a: compare(*a[:-1], replace(a[-1], action_tokens=2, summary_tokens=2)))
     monkeypatch.setattr(tuning, "SHOWN", 1)
     monkeypatch.setattr(tuning, "response_curves", partial(response_curves, agents=3, action_tokens=4))
     return ["--data", data, "--backbone", random_folder, *OPTIONS]
@@ -107,11 +108,22 @@ def options(data, random_folder, monkeypatch):
 def test_a_run_writes_adapters_logs_and_pictures_and_resumes_to_the_same_bytes(options, tmp_path, monkeypatch, door):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     more = ["--method", "mf-llm,empirical-sft,mf-llm-no-ib-mf"]
-    assert door(*options, *more, "--out", whole)[0] == 0
+    written, learned, summaries, update = [], [], ib_tune.summaries, ib_tune.policy_update
+    with monkeypatch.context() as patch:
+        patch.setattr(ib_tune, "summaries", lambda *a: (written.append(a[2]), summaries(*a))[1])
+        patch.setattr(ib_tune, "policy_update", lambda *a: (learned.append(a), update(*a))[1])
+        code, said, _ = door(*options, *more, "--out", whole)
+    assert code == 0
     adapters = ("mean-field", "policy", "policy-no-ib-mf", "empirical-sft")
     lm = LanguageModel.load(options[3])
     for name in adapters:
         lm.load_adapter(name, whole / name)
+    assert written == ["mean-field"] * 2 + [None] * 2, "a policy's summaries are the tuned mean field's, of train and dev events"
+    for _, documents, _, adapter, named in learned:
+        if adapter != "empirical-sft":
+            texts = json.loads((whole / "summaries" / f"{adapter}.train.json").read_text())
+            for document, (event, step) in zip(documents, (place.split(" step ") for place in named.split(", ")), strict=True):
+                assert document.event == event and texts[event][int(step)] in document.prefix
     *rows, last = [json.loads(line) for line in open(whole / "log.jsonl")]
     assert [row["step"] for row in rows if row["stage"] == "mean-field"] == [0, 1, 2, 3]
     assert [row["step"] for row in rows if row["stage"] == "empirical-sft"] == list(range(8)), "as many as both stages"
@@ -122,7 +134,11 @@ def test_a_run_writes_adapters_logs_and_pictures_and_resumes_to_the_same_bytes(o
     assert all((whole / name).stat().st_size > 5000 for name in ("loss.png", "response.png"))
     record = json.loads((whole / "run.json").read_text())
     assert set(record["response"]) == {"before", "after"} and record["status"] == "finished"
-    assert last == {"response": record["response"]}, "the log's last word is how the share acted follows the share said"
+    before_and_after = ("state", "persistence", "mf-llm-no-ib", "mf-llm")
+    assert tuple(record["kl"]) == before_and_after and all(0 < kl < 3 for kl in record["kl"].values())
+    first = [line.split(" ")[0] for line in said.splitlines()]
+    assert [word for word in first if word in before_and_after] == [*before_and_after], "the table"
+    assert last == {key: record[key] for key in ("response", "kl")}, "the log's last word: how what is acted follows what is said"
 
     saves, save = [0], tuning.save_state
     for stop in (1, 1, 2):  # each run is cut at another of its states
@@ -150,13 +166,20 @@ def test_a_run_writes_adapters_logs_and_pictures_and_resumes_to_the_same_bytes(o
     assert door(*options, *more, "--out", cut, "--resume")[0] == 0, "a finished run stays as it is"
 
 
-def test_several_betas_draw_the_information_plane(options, tmp_path, door):
+def test_several_betas_draw_the_information_plane(options, tmp_path, monkeypatch, door):
     assert door(*options, "--stage", "sft", "--method", "sft", "--out", tmp_path / "sft")[0] == 0
     sft = tmp_path / "sft" / "sft"
     out = tmp_path / "plane"
-    code, said, _ = door(*options, "--stage", "mean-field", "--beta", "0.1,10", "--sft-adapter", sft, "--out", out)
+    scored, found, draw, information = set(), [], ib_tune.draw, ib_tune.information
+    monkeypatch.setattr(ib_tune, "draw", lambda *a: (scored.add((type(a[5]), a[7])), draw(*a))[1])
+    monkeypatch.setattr(ib_tune, "information", lambda *a: (found.append(information(*a)), found[-1])[1])
+    more = ["--sft-adapter", sft, "--policy-adapter", sft, "--out", out]
+    code, said, _ = door(*options, "--stage", "mean-field", "--beta", "0.1,10", *more)
     assert code == 0 and "see loss.png and information_plane.png" in said
+    assert scored == {(int, "policy"), (str, "policy")}, "that policy's likelihood is the reward, in updates and in selection"
     record = json.loads((out / "run.json").read_text())
+    for point, measured in zip([record["untuned"], *record["plane"]], found[-3:], strict=True):
+        assert point["gain"] == measured.reward - measured.blind != 0
     assert [point["beta"] for point in record["plane"]] == [0.1, 10.0]
     assert all(point["kl"] > 0 for point in (*record["plane"], record["untuned"]))
     assert (out / "information_plane.png").stat().st_size > 5000
@@ -206,7 +229,8 @@ def test_numbers_that_become_nan_name_step_and_batch_and_leave_the_best_adapter(
     monkeypatch.setattr(ib_tune, make, poisoned)
     monkeypatch.setattr(tuning, "SELECTIONS", 3)  # looked at: 0 and 2
     out = tmp_path / "out"
-    code, _, said = door(*options, "--stage", stage, "--method", {"sft": "sft"}.get(stage, "mf-llm"), "--steps", "7,1", "--lr", 0.02, "--out", out)
+    method = {"sft": "sft", "mean-field": "mf-llm"}[stage]
+    code, _, said = door(*options, "--stage", stage, "--method", method, "--steps", "7,1", "--lr", 0.02, "--out", out)
     assert code == 2 and "logits are not finite at step 3 (agora-train" in said and len(said.splitlines()) == 1
     assert json.loads((out / "run.json").read_text())["status"] == "interrupted"
     log = [json.loads(line) for line in open(out / "log.jsonl")]
@@ -220,8 +244,8 @@ def test_numbers_that_become_nan_name_step_and_batch_and_leave_the_best_adapter(
 @pytest.mark.parametrize(("arguments", "said"), [
     (["--beta", "0"], "--beta 0"), (["--beta", "1,-2", "--stage", "mean-field"], "--beta -2"), (["--beta", "x"], "--beta"),
     (["--samples", "1"], "--samples 1"), (["--method", "state"], "--method"), (["--stage", "policy"], "--mean-field-adapter"),
-    (["--leave-out", "nobody"], "--leave-out nobody"), (["--split", "nowhere"], "nowhere"), (["--clip", "0"], "--clip 0"), (["--clip", "inf"], "--clip inf"),
-    (["--repetition-penalty", "inf"], "--repetition-penalty inf"),
+    (["--leave-out", "nobody"], "--leave-out nobody"), (["--split", "nowhere"], "nowhere"), (["--clip", "0"], "--clip 0"),
+    (["--clip", "inf"], "--clip inf"), (["--repetition-penalty", "inf"], "--repetition-penalty inf"),
     (["--reweighted", "1.5"], "--reweighted 1.5"), (["--reweighted", "nan"], "--reweighted nan"),
     (["--beta", "1,2", "--stage", "mean-field"], "--sft-adapter"), (["--method", "sft, x"], "--method 'x'"),
     (["--stage", "pretrain", "--leave-out", "a"], "--leave-out a"),
