@@ -23,9 +23,9 @@ SAME = ("agents", "batch", "warmup")  # settings without which runs cannot be co
 MEASURES = ("wasserstein", "dtw", "macro_f1", "micro_f1")
 
 
-def combine(folders: Sequence[Path]) -> tuple[dict, dict[str, list[float]]]:
-    """(`metrics.evaluate` of all the runs' rollouts together, each method's mean KL by run). Raises InputError for a folder
-    that holds no finished simulation, or one of other agents, batch or warm-up, or that shares some of its events with
+def combine(folders: Sequence[Path]) -> tuple[dict, dict[str, list[float | None]]]:
+    """(`metrics.evaluate` of all the runs' rollouts together, each method's mean KL by run, over the dimensions that are in the
+    mean of all, whatever the run alone leaves out). Raises InputError for a folder that holds no finished simulation, or one of other agents, batch or warm-up, or that shares some of its events with
     another but not all."""
     settings = [_finished(folder) for folder in folders]
     for number, (folder, own) in enumerate(zip(folders, settings, strict=True)):
@@ -36,19 +36,25 @@ def combine(folders: Sequence[Path]) -> tuple[dict, dict[str, list[float]]]:
             if 0 < len({*own["events"]} & {*theirs["events"]}) < len({*own["events"], *theirs["events"]}):
                 raise InputError(f"{folder}: shares some of its events with {other}, not all")
     worlds: metrics.Worlds = {}
-    by_run: dict[str, list[float]] = {}
+    by_run: dict[str, list[dict[str, float]]] = {}
     rows = []
     floors: dict[str, np.ndarray] = {}
     for number, (folder, known) in enumerate(zip(folders, settings, strict=True)):
         own = read_json(folder / "metrics.json")
         for method, entry in own["methods"].items():
-            by_run.setdefault(method, []).append(entry["kl"]["mean"])
+            by_run.setdefault(method, []).append(entry["kl"])
         for (event, method, seed), world in metrics.collect(read_json_lines(folder / "trajectory.jsonl")).items():
             worlds[event, method, seed * len(folders) + number] = world
         rows += read_json_lines(folder / "likelihood.jsonl")
         # The floor is the real events' own, so runs of the same events agree on it. Its mean is all that the table needs of it.
         floors |= dict.fromkeys(known["events"], np.array([own["floor"][dimension] for dimension in metrics.LABELS]))
-    return metrics.evaluate(worlds, dict.fromkeys(floors, ""), floors, simulation.nll(rows)), by_run
+    whole = metrics.evaluate(worlds, dict.fromkeys(floors, ""), floors, simulation.nll(rows))
+    kept = [dimension for dimension in metrics.LABELS if dimension not in whole["excluded_dimensions"]]
+
+    def mean(kl: Mapping[str, float]) -> float | None:
+        return float(np.mean([kl[dimension] for dimension in kept])) if kept else None
+
+    return whole, {method: [mean(kl) for kl in found] for method, found in by_run.items()}
 
 
 def _finished(folder: Path) -> dict:
@@ -61,7 +67,7 @@ def _finished(folder: Path) -> dict:
     return record["settings"]
 
 
-def table(whole: Mapping, by_run: Mapping[str, Sequence[float]]) -> str:
+def table(whole: Mapping, by_run: Mapping[str, Sequence[float | None]]) -> str:
     """The README's table: measures by method, and each method's KL less mf-llm's with its 95% interval."""
     several = max(map(len, by_run.values())) > 1
     head = ["method", "KL", "95% interval", *["by run"] * several, "W1", "DTW", "macro-F1", "micro-F1", "nll"]

@@ -13,12 +13,14 @@ from mfllm_ref.society.events import DIMENSIONS
 EVENTS = ("a", "b", "c")
 
 
-def make_run(folder, seed, methods=("state", "mf-llm"), events=EVENTS, **settings):
-    """A finished run's folder with labels drawn from `seed`, and what its metrics.json says; real labels are always the same."""
+def make_run(folder, seed, methods=("state", "mf-llm"), events=EVENTS, same=None, **settings):
+    """A finished run's folder with labels drawn from `seed`, and what its metrics.json says; real labels are always the same, and
+    those of a dimension `same` all one."""
     rng, real = np.random.default_rng(seed), np.random.default_rng(0)
     rows = []
     for event in events:
         truth = [{name: labels[real.integers(len(labels))] for name, labels in DIMENSIONS.items()} for _ in range(60)]
+        truth = [labels | ({same: DIMENSIONS[same][0]} if same else {}) for labels in truth]
         for method in methods:
             for index, labels in enumerate(truth):
                 drawn = {name: labels[rng.integers(len(labels))] for name, labels in DIMENSIONS.items()}
@@ -41,7 +43,7 @@ def test_one_run_alone_says_what_its_metrics_say(tmp_path):
     folder, own = make_run(tmp_path / "one", 1)
     whole, by_run = combine.combine([folder])
     for method, entry in own["methods"].items():
-        assert whole["methods"][method]["kl"] == entry["kl"] and by_run[method] == [entry["kl"]["mean"]]
+        assert whole["methods"][method]["kl"] == entry["kl"] and by_run[method] == pytest.approx([entry["kl"]["mean"]])
         assert whole["methods"][method]["kl_ci95"] == entry["kl_ci95"]
     assert whole["difference"] == own["difference"]
     assert whole["gap_closed"]["state"] == pytest.approx(own["gap_closed"]["state"])
@@ -75,6 +77,12 @@ def test_runs_without_a_common_event_add_their_events(tmp_path):
         assert whole["kl_by_event"][method] == pytest.approx(apart) and len(by_run[method]) == 2
     floors = [own["floor"]["mean"] for _, own in made]
     assert whole["floor"]["mean"] == pytest.approx((2 * floors[0] + floors[1]) / 3)
+    still, alone = make_run(tmp_path / "3", 4, events=("e", "f"), same="stance")
+    whole, by_run = combine.combine([made[0][0], still])
+    assert set(alone["excluded_dimensions"]) == {"stance"} and not whole["excluded_dimensions"]
+    for method in ("state", "mf-llm"):  # by run as in the mean of all, of which a dimension that varies in one run is part
+        assert np.mean(by_run[method]) == pytest.approx(whole["methods"][method]["kl"]["mean"])
+        assert by_run[method][1] != pytest.approx(alone["methods"][method]["kl"]["mean"])
     more, _ = make_run(tmp_path / "2", 3, ("state", "recent", "mf-llm"), events=("d",))
     whole, _ = combine.combine([made[0][0], more])
     assert list(whole["kl_by_event"]["mf-llm"]) == ["d"]
