@@ -16,7 +16,7 @@ from mfllm_ref import metrics, ranks
 from mfllm_ref.errors import InputError
 from mfllm_ref.fields import a_list, read_json, text_field
 from mfllm_ref.lm import LanguageModel
-from mfllm_ref.runs import Run, read_json_lines
+from mfllm_ref.runs import RUN_FILE, Run, read_json_lines
 from mfllm_ref.society import agora
 from mfllm_ref.society.events import Event
 from mfllm_ref.society.readers import load_events
@@ -200,7 +200,8 @@ def digest(events: Sequence[Event]) -> str:
 
 
 def weights_of(backbone: Path) -> dict[str, Path]:
-    """The files of a checkpoint that decide what it computes, by what they are: for run.json's sha256."""
+    """The files of a checkpoint that decide what it computes, by what they are: for run.json's sha256. Not the record of its own
+    pretraining, which has times in it."""
     kinds = {".safetensors": "weights", ".json": "tokenizer", ".model": "tokenizer", ".jinja": "tokenizer"}
-    files = sorted(path for path in backbone.iterdir() if path.suffix in kinds)
+    files = sorted(path for path in backbone.iterdir() if path.suffix in kinds and path.name != RUN_FILE)
     return {f"{'config' if 'config.json' == path.name else kinds[path.suffix]}/{path.name}": path for path in files}
