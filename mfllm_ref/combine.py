@@ -25,8 +25,8 @@ MEASURES = ("wasserstein", "dtw", "macro_f1", "micro_f1")
 
 def combine(folders: Sequence[Path]) -> tuple[dict, dict[str, list[float | None]]]:
     """(`metrics.evaluate` of all the runs' rollouts together, each method's mean KL by run, over the dimensions that are in the
-    mean of all, whatever the run alone leaves out). Raises InputError for a folder that holds no finished simulation, or one of other agents, batch or warm-up, or that shares some of its events with
-    another but not all."""
+    mean of all, whatever the run alone leaves out). Raises InputError for a folder that holds no finished simulation, or one of
+    other agents, batch or warm-up, or that shares some of its events with another but not all."""
     settings = [_finished(folder) for folder in folders]
     for number, (folder, own) in enumerate(zip(folders, settings, strict=True)):
         for key in SAME:

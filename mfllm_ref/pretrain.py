@@ -284,7 +284,7 @@ def corpora(events: Sequence[Event] | None, batch: int, half_life: float = HALF_
     long = [event for event in kept if len(event.actions) >= 10 * batch] or kept
     # Real populations differ less than agora's, so fewer of them teach to read a signal; and there are few of them, so that a
     # backbone learns them by heart, where it should learn which words go with a label, whatever the topic.
-    mixture = Mixture(reweighted=0.7, foreign=0.5)
+    mixture = Mixture(reweighted=0.7, guests=0.5)
     corpus = Corpus(chosen, annotate, batch, mixture, half_life=half_life)
     return corpus, [Past(event, annotate, batch, half_life) for event in long[:HELD_OUT]]
 

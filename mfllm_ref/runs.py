@@ -266,9 +266,9 @@ def open_run(out: Path, record: Mapping, resume: bool = False) -> Iterator[Run]:
 
     record: what run.json says, with "settings" and "sha256" (mappings; on resuming they must be the earlier run's). An
     absent or empty folder starts anew, with `resume` or without. Left by an exception, run.json says "interrupted" and
-    the folder can be resumed: Ctrl-C has a note that says how. InputError, in one line: another process writes there, the folder is not empty (without
-    `resume`), holds something else or a run of other settings, or the disk refuses. Of several processes rank 0 holds the
-    folder; the others take the same path and write nothing.
+    the folder can be resumed: Ctrl-C has a note that says how. InputError, in one line: another process writes there, the folder
+    is not empty (without `resume`), holds something else or a run of other settings, or the disk refuses. Of several processes
+    rank 0 holds the folder; the others take the same path and write nothing.
     """
     try:
         with _held(out, record, resume) as run:

@@ -18,7 +18,6 @@ from kernels.dispatch import runs_triton
 from mfllm_ref.lm.backbone import Backbone
 from mfllm_ref.lm.worlds import Prefixes, Step
 
-
 SPARE = 2**31  # bytes that torch may hold unused before a graph is recorded
 
 
@@ -28,8 +27,7 @@ def replayable(x: Tensor) -> bool:
 
 
 class Replay:
-    """A decode step that may be repeated: every call feeds the next token. Arguments as `worlds.Step`'s, for
-    the first of them.
+    """A decode step that may be repeated: every call feeds the next token. Arguments as `worlds.Step`'s, for the first of them.
 
     The first call computes as usual, so that all kernels are compiled and loaded, the second one records; later ones replay.
     What a call returns is overwritten by the next.

@@ -181,7 +181,7 @@ class Mixture:
     signals: tuple[float, ...] = (0.12, 0.16, 0.16, 0.56)  # of the policy documents, in the order of KINDS
     shuffled: float = 0.0  # of the policy documents: the signal is another event's
     reweighted: float = 0.4  # of the policy documents with a signal: see Past.reweighted
-    foreign: float = 0.0  # of the reweighted: people of GUESTS other events are drawn from too
+    guests: float = 0.0  # of the reweighted: people of GUESTS other events are drawn from too
     width: int = 32  # actions a policy document, as far as they fit in its row
     counted: float = 0.25  # of the other summaries: see Past.counted
     few: int = 8  # populations of a counted document, as far as they fit in its row
@@ -218,8 +218,8 @@ class Corpus:
         step = int(rng.integers(past.steps))
         kind = KINDS[int(rng.choice(len(KINDS), p=mixture.signals))]
         if kind != "none" and rng.random() < mixture.reweighted:
-            guests = GUESTS if mixture.foreign and rng.random() < mixture.foreign else 0
-            others = [self.past(i) for i in rng.integers(self.count, size=guests).tolist()]
+            visited = mixture.guests and rng.random() < mixture.guests  # no draw where there are none: the committed recipe's
+            others = [self.past(i) for i in rng.integers(self.count, size=GUESTS).tolist()] if visited else []
             return kind, past.reweighted(kind, mixture.width, rng, others)
         other = self.past(int(rng.integers(self.count))) if rng.random() < mixture.shuffled else None
         return kind, past.policy(step, kind, mixture.width, other)

@@ -113,16 +113,16 @@ def test_a_reweighted_document_tells_of_the_population_it_shows(past, others):
     assert recent.prefix.count("\n- ") == 5 and len(recent.branches) == 3
 
 
-@pytest.mark.parametrize("foreign", [0.0, 1.0])
-def test_reweighted_populations_have_guests_as_often_as_the_mixture_says(foreign):
-    mixture = Mixture(summaries=0.0, signals=(0.0, 0.0, 0.0, 1.0), reweighted=1.0, foreign=foreign, width=100)
+@pytest.mark.parametrize("guests", [0.0, 1.0])
+def test_reweighted_populations_have_guests_as_often_as_the_mixture_says(guests):
+    mixture = Mixture(summaries=0.0, signals=(0.0, 0.0, 0.0, 1.0), reweighted=1.0, guests=guests, width=100)
     corpus = Corpus(12, ANNOTATE, 10, mixture, lambda i: agora.event("train", i))
     texts = {corpus.past(i).event.topic: {prompts.continuation(seen.text) for seen in corpus.past(i).seen} for i in range(12)}
     rng = np.random.default_rng(0)
     for _ in range(10):
         _, document = corpus.draw(rng)
         own = next(some for topic, some in texts.items() if topic in document.prefix)
-        assert ({text for _, text in document.branches} <= own) == (foreign == 0)
+        assert ({text for _, text in document.branches} <= own) == (guests == 0)
 
 
 def test_draws_are_a_pure_function_of_the_generator_and_follow_the_mixture():
