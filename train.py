@@ -165,6 +165,8 @@ def tuning(args: argparse.Namespace, data: Path | None, out: Path, common: dict)
     for name, path in adapters.items():
         if name in {job.name for job in todo}:
             raise doors.InputError(f"--{name}-adapter {path}: this run tunes that adapter itself")
+        if name not in needed and not (name == "policy" and any(job.signal is None for job in todo)):
+            raise doors.InputError(f"--{name}-adapter {path}: stage {args.stage} reads none")
         lm.load_adapter(name, path)
     reward = "policy" if "policy" in adapters else None
 

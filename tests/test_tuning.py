@@ -244,6 +244,7 @@ def test_numbers_that_become_nan_name_step_and_batch_and_leave_the_best_adapter(
 @pytest.mark.parametrize(("arguments", "said"), [
     (["--beta", "0"], "--beta 0"), (["--beta", "1,-2", "--stage", "mean-field"], "--beta -2"), (["--beta", "x"], "--beta"),
     (["--samples", "1"], "--samples 1"), (["--method", "state"], "--method"), (["--stage", "policy"], "--mean-field-adapter"),
+    (["--stage", "sft", "--policy-adapter", "x"], "--policy-adapter x: stage sft reads none"),
     (["--leave-out", "nobody"], "--leave-out nobody"), (["--split", "nowhere"], "nowhere"), (["--clip", "0"], "--clip 0"),
     (["--clip", "inf"], "--clip inf"), (["--repetition-penalty", "inf"], "--repetition-penalty inf"),
     (["--reweighted", "1.5"], "--reweighted 1.5"), (["--reweighted", "nan"], "--reweighted nan"),
