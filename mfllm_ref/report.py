@@ -127,7 +127,7 @@ def _draw_shares(axes: Sequence[Axes], paths: Mapping[str, np.ndarray], excluded
         centre, reach = (low + high) / 2, max(high - low, 0.1) / 2  # no panel magnifies less than 10 points
         axis.set_ylim(max(-0.01, centre - reach), min(1.01, centre + reach))
         axis.margins(x=0.02)
-        axis.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f}%")
+        axis.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g}%")  # 2.5% is a tick where little moves
         axis.yaxis.set_major_locator(MaxNLocator(5))
 
 
