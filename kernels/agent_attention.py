@@ -114,14 +114,14 @@ def agent_attention(
     tensors = [x.to(compute) for x in inputs]
     if not differentiable:
         flash = compute == torch.float32 and q.device.type == "cpu" and plan.sees_prefixes
-        out = (_flash if flash else _grouped)(*tensors, plan)
+        out = (_flash if flash else _grouped)(plan, *tensors)
         if math.isfinite(out.sum()):
             return out.to(q.dtype)
     clean = [tensors[0] if plan.padding is None else tensors[0].masked_fill(plan.padding, 0)]
     for x, length in zip(tensors[1:], (prefix_len, prefix_len, suffix_len, suffix_len), strict=True):
         unused = torch.arange(x.shape[2], device=x.device) >= length.to(x.device)[:, None]
         clean.append(x.masked_fill(unused[:, None, :, None], 0))
-    out = _grouped(*clean, plan).to(q.dtype)
+    out = _grouped(plan, *clean).to(q.dtype)
     return out if plan.prefix.any() else out + _nothing(inputs)
 
 
@@ -149,10 +149,10 @@ def _check(inputs: tuple[Tensor, ...], prefix_len: Tensor, suffix_len: Tensor, w
 
 def _nothing(inputs: tuple[Tensor, ...]) -> Tensor:
     """0, and the gradients to inputs that a result does not depend on are 0 where it is added."""
-    return sum(x[:0].sum() for x in inputs)
+    return sum((x[:0].sum() for x in inputs), inputs[0].new_zeros(()))
 
 
-def _grouped(q: Tensor, prefix_k: Tensor, prefix_v: Tensor, suffix_k: Tensor, suffix_v: Tensor, plan: Plan) -> Tensor:
+def _grouped(plan: Plan, q: Tensor, prefix_k: Tensor, prefix_v: Tensor, suffix_k: Tensor, suffix_v: Tensor) -> Tensor:
     """One softmax over both sides, piece by piece: any dtype, differentiable."""
     agents, _, q_len, head_dim = q.shape
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -190,7 +190,7 @@ def _scores(q: Tensor, k: Tensor, less: Tensor | None) -> Tensor:
     return made.view(*q.shape[:3], k.shape[2])
 
 
-def _flash(q: Tensor, prefix_k: Tensor, prefix_v: Tensor, suffix_k: Tensor, suffix_v: Tensor, plan: Plan) -> Tensor:
+def _flash(plan: Plan, q: Tensor, prefix_k: Tensor, prefix_v: Tensor, suffix_k: Tensor, suffix_v: Tensor) -> Tensor:
     """Prefixes, and the agents' own keys but for few rows (`_onward`), by PyTorch's flash kernel for CPUs; no windows, no empty
     prefixes (a row that sees nothing has no softmax)."""
     agents, heads, q_len, head_dim = q.shape

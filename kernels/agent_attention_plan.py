@@ -103,7 +103,7 @@ class Plan:
         return [self._piece(run, self.counts, ends, self.prefix, first) for run in runs]
 
     @cached_property
-    def lengths(self) -> tuple[Tensor, Tensor, Tensor]:
+    def lengths(self) -> tuple[Tensor, ...]:
         """int32 [worlds], [agents], [agents]: prefix and suffix lengths, and every agent's world."""
         return tuple(torch.from_numpy(x.astype(np.int32)).to(self.device) for x in (self.prefix, self.own, self.of))
 

@@ -16,7 +16,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from kernels import agent_attention, ib_loss
 from kernels.agent_attention_plan import Plan
 
-Call = Callable[[], object]
+Call = Callable[[], Tensor]
 CHUNK = 128  # tokens at once of ib_loss's rivals that go piece by piece: some 0.6 GB at 151,936 words in bfloat16
 
 
@@ -170,7 +170,7 @@ def materialised(hidden: Tensor, prior: Tensor, weight: Tensor, targets: Tensor)
     return log_mu.gather(1, targets[:, None])[:, 0], None, (log_mu.exp() * (log_mu - log_r)).sum(dim=-1)
 
 
-SHAPES = {
+SHAPES: dict[tuple[str, str], Sequence[Attention | Loss]] = {
     ("agent_attention", "cuda"): [
         Attention(32, 256, 2048, 64, 1, 12, 2, 128), Attention(1, 256, 2048, 64, 1, 12, 2, 128),
         Attention(8, 64, 2048, 64, 64, 12, 2, 128), Attention(4, 64, 600, 90, 90, 12, 2, 128, backward=True),
@@ -200,7 +200,7 @@ def left_out(name: str, error: Exception) -> None:
 
 def runnable(calls: dict[str, Call]) -> dict[str, Call]:
     """Those that run, each called twice: what is compiled is compiled then. The first is the kernel, and must run."""
-    able = {}
+    able: dict[str, Call] = {}
     for name, call in calls.items():
         try:
             call(), call()

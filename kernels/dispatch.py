@@ -32,4 +32,7 @@ def processors(device: torch.device) -> int:
 @cache
 def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that a program can have; of an H100 where there is no GPU."""
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else 227 * 1024
+    if device.type != "cuda":
+        return 227 * 1024
+    properties = torch.cuda.get_device_properties(device)
+    return properties.shared_memory_per_block_optin  # type: ignore[attr-defined]  # which torch's stub lacks

@@ -159,7 +159,7 @@ def _stream(pair: Tensor, weight: Tensor, targets: Tensor, averages: Tensor) -> 
     log_prob and kl are written, or [0, tokens, dim] where they are not wanted."""
     _, tokens, dim = pair.shape
     top = sums = chosen = excess = pair.new_zeros(2, tokens)  # running maximum a, b; sums of e^(z-a), e^(y-b); z, y
-    rows, work = torch.arange(tokens, device=pair.device), None
+    rows, work = torch.arange(tokens, device=pair.device), pair.new_empty(0)
     for start, head, both in _logits(pair, weight):
         size = len(head)
         here = (targets >= start) & (targets < start + size)

@@ -138,5 +138,5 @@ def predict(config: Config, run: Society, devices: int, flops: float, bandwidth:
     acting = Load(agents, run.prefix, run.suffix, run.new, here).cost(config, itemsize)
     writing = Load(1, 0, run.head + run.batch * run.listed, run.summary, here).cost(config, itemsize)
     rounds = math.ceil(run.agents / run.worlds / run.batch)
-    each = (cost.seconds(flops, bandwidth) for cost in (acting, writing))
-    return Prediction(rounds, *each, acting.flops / agents / here + writing.flops / run.batch / here)
+    act, write = (cost.seconds(flops, bandwidth) for cost in (acting, writing))
+    return Prediction(rounds, act, write, acting.flops / agents / here + writing.flops / run.batch / here)

@@ -64,7 +64,8 @@ SHAPES = {
 
 def in_turns(contestants: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
     """Median seconds of each; whoever begins changes, so that a machine's slow minutes fall on all of them."""
-    names, taken = list(contestants), {name: [] for name in contestants}
+    names = list(contestants)
+    taken: dict[str, list[float]] = {name: [] for name in contestants}
     for turn in range(repeats):
         first = turn % len(names)
         for name in names[first:] + names[:first]:
@@ -177,7 +178,7 @@ def throughput(args: argparse.Namespace) -> None:
         lm.backbone.to(device, dtype)
     rival = model if lm is exact else their_model(lm)
 
-    def contestants(lm: LanguageModel, model: nn.Module, ids: np.ndarray) -> dict[str, Callable[[], list[str]]]:
+    def contestants(lm: LanguageModel, model: Any, ids: np.ndarray) -> dict[str, Callable[[], list[str]]]:
         rows, full = ids.tolist(), torch.from_numpy(ids).to(device)
         greedy = {"attention_mask": torch.ones_like(full), "do_sample": False, "max_new_tokens": args.new, "pad_token_id": 0}
 
@@ -194,8 +195,8 @@ def throughput(args: argparse.Namespace) -> None:
             lm.graphs = graphs
             return lm.generate(rows, args.new, temperature=0)
 
-        run = {"ours": partial(ours, True), "(a)": lambda: texts(model.generate(full, **greedy)), "(b)": reuse}
-        return run | ({"no graphs": partial(ours, False)} if device.type == "cuda" else {})
+        run: dict[str, Callable[[], list[str]]] = {"ours": partial(ours, True), "(a)": lambda: texts(model.generate(full, **greedy)), "(b)": reuse}
+        return run | {"no graphs": partial(ours, False)} if device.type == "cuda" else run
 
     launched = ["ours, no CUDA graphs"] if device.type == "cuda" else []  # where torch can count no FLOPs of a replay
     rows = [["agents", "ours, actions/s", "(a)", "(b)", *launched, "ours / (a)", "ours / (b)", "FLOPs (a) / ours",
@@ -248,9 +249,9 @@ def train(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         lm.save_adapter(named, folder)
         model = peft.PeftModel.from_pretrained(their_model(lm), folder, is_trainable=True)
-    settings = ib_tune.Settings(steps=100, rows=1, micro=1, lr=1e-3)
+    settings, rate = ib_tune.Settings(steps=100, rows=1, micro=1), 1e-3
     tuned = [p for p in model.parameters() if p.requires_grad]
-    optimizers = [torch.optim.AdamW(some, lr=settings.lr, betas=(0.9, 0.98), weight_decay=0.0) for some in (parameters, tuned)]
+    optimizers = [torch.optim.AdamW(some, lr=rate, betas=(0.9, 0.98), weight_decay=0.0) for some in (parameters, tuned)]
     full = torch.from_numpy(ids).to(device)
     target = F.pad(full[:, start:], (0, 1))  # end of text is token 0
 
@@ -267,7 +268,7 @@ def train(args: argparse.Namespace) -> None:
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(tuned, settings.clip)
         for group in optimizers[1].param_groups:
-            group["lr"] = ib_tune.learning_rate(0, settings.steps, settings.lr)
+            group["lr"] = ib_tune.learning_rate(0, settings.steps, rate)
         optimizers[1].step()
         return loss.item(), norm.item()
 
@@ -292,7 +293,7 @@ def predict(args: argparse.Namespace) -> None:
     """Time of a large run on several accelerators, by arithmetic alone."""
     config = pretrain.config_for("qwen2", SHAPES[args.config], SHAPES[args.config].vocab)
     peak = args.tflops * 1e12 * args.utilisation, args.bandwidth * 1e9 * args.utilisation
-    table = [["worlds", "B", "rounds", "s a round", "of it mean fields", "actions/s", "hours", "GFLOP/action"]]
+    table: list[list[object]] = [["worlds", "B", "rounds", "s a round", "of it mean fields", "actions/s", "hours", "GFLOP/action"]]
     for worlds, batch in itertools.product(args.worlds, args.batch):
         given = {field.name: getattr(args, field.name) for field in fields(Society)}
         found = predicted(config, Society(**given | {"worlds": worlds, "batch": batch}), args.gpus, *peak)

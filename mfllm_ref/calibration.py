@@ -109,7 +109,7 @@ def agreement(events: Iterable[Event], annotator: Annotator) -> dict[str, dict[s
                 pairs[dimension].append((label, guess[dimension]))
             asks = [str(labels.get("intent") == "question") for labels in (action.labels, guess)]
             pairs["question"].append((asks[0], asks[1]))
-    table = {}
+    table: dict[str, dict[str, float]] = {}
     for dimension, found in pairs.items():
         true, guessed = zip(*found) if found else ((), ())
         if len(set(true)) > 1:  # where all actions carry the same label, there is nothing to tell apart
@@ -142,14 +142,14 @@ def summary_errors(
             exact = past.follows(step, past.population[step])
             words = verbalise(exact, language, np.random.default_rng(seeds[step]))
             said, rounded = parse(text, language), parse(words, language)
-            errors = (np.concatenate([np.zeros(0), *(100 * (s[d] - exact[d]) for d in s)]) for s in (said, rounded))
-            found["warm-up" if step * past.batch < agora.WARMUP else "rollout"].append((*errors, len(said) < len(exact)))
+            error, grid = (np.concatenate([np.zeros(0), *(100 * (s[d] - exact[d]) for d in s)]) for s in (said, rounded))
+            found["warm-up" if step * past.batch < agora.WARMUP else "rollout"].append((error, grid, len(said) < len(exact)))
     found["all"] = found["warm-up"] + found["rollout"]
-    table = {}
+    table: dict[str, dict[str, float]] = {}
     for name, rows in found.items():
-        errors, grid = (np.concatenate([row[i] for row in rows]) for i in range(2))
-        table[name] = {"lost": float(np.mean([row[2] for row in rows]))}
-        for key, some in (("error", errors), ("grid", grid)):  # a model that states no shares at all has no error
+        errors, grids, lost = zip(*rows, strict=True)
+        table[name] = {"lost": float(np.mean(lost))}
+        for key, some in (("error", np.concatenate(errors)), ("grid", np.concatenate(grids))):  # a model that states no shares at all has no error
             table[name][key] = float(np.sqrt(np.mean(some**2))) if len(some) else float("nan")
     return table
 
@@ -192,15 +192,15 @@ def main() -> None:
         print(report.markdown([["steps", "error, points", "the grid alone", "lack a dimension"], *rows]))
         return
     if args.command == "ceiling":
-        table = ceiling(args.split, args.events, args.seeds, args.agents)
-        rows = [[name, *(f"{value:.3f}" for value in (row.mean(), *row))] for name, row in table.items()]
+        best = ceiling(args.split, args.events, args.seeds, args.agents)
+        rows = [[name, *(f"{value:.3f}" for value in (row.mean(), *row))] for name, row in best.items()]
         print(report.markdown([["continuation", "mean", *DIMENSIONS], *rows]))
         return
     if args.command == "followers":
         found = followers(load_events(args.data), RuleAnnotator(), args.seeds, args.agents)
         said = {HALF_LIFE: f"half-life {HALF_LIFE}", math.inf: "all", None: "the warm-up"}
-        names = {(slope, memory): f"slope {slope}, {said[memory]}" for slope, memory in FOLLOWED}
-        rows = [[names.get(row, "`persistence`"), *(f"{value:.3f}" for value in (kl.mean(), *kl))] for row, kl in found.items()]
+        names = {row: f"slope {row[0]}, {said[row[1]]}" if row else "`persistence`" for row in found}
+        rows = [[names[row], *(f"{value:.3f}" for value in (kl.mean(), *kl))] for row, kl in found.items()]
         print(report.markdown([["agents who follow", "mean", *DIMENSIONS], *rows]))
         return
     own = (agora.event("dev", index) for index in range(agora.SPLITS["dev"]))
@@ -208,7 +208,7 @@ def main() -> None:
     if not table:
         raise InputError(f"{args.data}: its actions carry no labels to compare with")
     columns = ("accuracy", "majority_accuracy", "macro_f1", "majority_macro_f1")
-    rows = [[name, *(f"{row[column]:.3f}" for column in columns), row["count"]] for name, row in table.items()]
+    rows = [[name, *(f"{row[column]:.3f}" for column in columns), str(row["count"])] for name, row in table.items()]
     print(report.markdown([["dimension", "accuracy", "majority class", "macro-F1", "majority class", "count"], *rows]))
 
 

@@ -37,7 +37,7 @@ def combine(folders: Sequence[Path]) -> tuple[dict, dict[str, list[float | None]
                 raise InputError(f"{folder}: shares some of its events with {other}, not all")
     worlds: metrics.Worlds = {}
     by_run: dict[str, list[dict[str, float]]] = {}
-    rows = []
+    rows: list[dict] = []
     floors: dict[str, np.ndarray] = {}
     for number, (folder, known) in enumerate(zip(folders, settings, strict=True)):
         own = read_json(folder / "metrics.json")

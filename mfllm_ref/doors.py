@@ -7,13 +7,16 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from mfllm_ref import ranks
 from mfllm_ref.errors import InputError, Notice
 from mfllm_ref.fields import number_field
 from mfllm_ref.society.prompts import SUMMARY_TOP_P
 from mfllm_ref.society.signals import HALF_LIFE
+
+if TYPE_CHECKING:
+    import torch
 
 CHECKPOINTS = Path(__file__).resolve().parents[1] / "checkpoints"  # what runs use by default: tiny/ and tiny-adapters/
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
@@ -112,7 +115,7 @@ def threads(args: argparse.Namespace) -> int:
     return count
 
 
-def device_and_dtype(args: argparse.Namespace, training: bool = True) -> tuple["torch.device", "torch.dtype"]:  # noqa: F821
+def device_and_dtype(args: argparse.Namespace, training: bool = True) -> tuple["torch.device", "torch.dtype"]:
     """(device, dtype) from --device and --dtype. InputError where cuda is asked for and absent.
 
     What auto means depends on what the CPU is able to do, never on a timing: one machine, one answer.
@@ -134,7 +137,8 @@ def fast_bfloat16() -> bool:
     """Whether this CPU multiplies bfloat16 faster than float32."""
     import torch
 
-    return getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
+    able: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
+    return able.get("avx512_bf16", False)
 
 
 @contextmanager
@@ -142,8 +146,8 @@ def _notices(name: str) -> Iterator[None]:
     """Within, a `Notice` is one line that begins with the door's name; other warnings look as ever."""
     usual = warnings.formatwarning
 
-    def formatted(message: Warning | str, category: type[Warning], *place: object) -> str:
-        return f"{name}: {message}\n" if issubclass(category, Notice) else usual(message, category, *place)
+    def formatted(message: Warning | str, category: type[Warning], *place: Any, **line: Any) -> str:
+        return f"{name}: {message}\n" if issubclass(category, Notice) else usual(message, category, *place, **line)
 
     warnings.formatwarning = formatted
     try:

@@ -86,7 +86,7 @@ def text_field(item: Mapping[str, Any], key: str, where: str, default: str | Non
 
 def number_field(item: Mapping[str, Any], key: str, where: str, default: float | None = None) -> float:
     """The finite number `item[key]`; an absent or null one is the default, or an error where there is none."""
-    value = item.get(key)
+    value: Any = item.get(key)
     if value is None and default is not None:
         return default
     if type(value) not in (int, float):

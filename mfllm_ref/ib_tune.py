@@ -306,8 +306,9 @@ def policy_update(lm: LanguageModel, documents: Sequence[Document], settings: Se
 def apply(
     lm: LanguageModel, update: Update, optimizer: torch.optim.Optimizer, step: int, settings: Settings
 ) -> dict[str, float]:  # fmt: skip
-    """Differentiate an update and take one optimizer step; returns its row of log.jsonl (losses and KL in nats a step).
-    Processes share the update's parts and come by the same gradient.
+    """Differentiate an update and take one optimizer step, at the schedule's part of the rate that the optimizer was made
+    with; returns its row of log.jsonl (losses and KL in nats a step). Processes share the update's parts and come by the same
+    gradient.
 
     Raises FloatingPointError, naming step and batch, where the model's numbers, the loss or its gradient are not finite: nothing
     is changed then.
@@ -333,7 +334,7 @@ def apply(
         ranks.add_gradients(parameters, made, costs)
         norm = finite("gradient", torch.nn.utils.clip_grad_norm_(parameters, settings.clip).item())
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate(step, settings.steps, settings.lr)
+        group["lr"] = learning_rate(step, settings.steps, optimizer.defaults["lr"])
     optimizer.step()
     seconds = time.perf_counter() - update.started
     numbers = update.numbers({key: sum(sums[key] for sums in found) for key in found[0]})
@@ -347,11 +348,11 @@ def apply(
 @dataclass(frozen=True, slots=True)
 class Information:
     """Means over steps, in nats a step: kl = KL(mu || r), the bound on I(m; X, c); reward = R(m); blind, the log-likelihood
-    of the same actions under a policy that is told nothing."""
+    of the same actions under a policy that is told nothing, NaN where none was asked."""
 
     kl: float
     reward: float
-    blind: float | None
+    blind: float
 
 
 @torch.no_grad()
@@ -373,5 +374,5 @@ def information(
                 documents = [pasts[chain.past].told(chain.step, None) for chain in now]
                 found["blind"].append(log_likelihood(lm, documents)[0])
         now = [replace(c, step=c.step + 1, summary=texts[0]) for c, texts in zip(now, sampled.texts, strict=True)]
-    kl, reward, blinded = (float(torch.cat(some).mean()) if some else None for some in found.values())
-    return Information(kl, reward, blinded)
+    kl, reward, *blinded = (float(torch.cat(some).mean()) for some in found.values() if some)
+    return Information(kl, reward, blinded[0] if blinded else math.nan)

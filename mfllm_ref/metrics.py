@@ -8,7 +8,7 @@ order; the interval resamples events, the unit that is independent, and the same
 
 import zlib
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -212,8 +212,8 @@ def label_shares(codes: np.ndarray, ids: ArrayLike = 0, smoothing: float = 0.0) 
 def _scores(world: Trajectory) -> np.ndarray:
     """All MEASURES of one world, float64 [measures, dimensions], each the mean over its windows."""
     real, simulated = world.real, world.simulated
-    pair = [label_shares(side, windows(len(side), WINDOW)) for side in (real, simulated)]
-    distance = np.where(_ORDERED, _w1(*pair, _SIZES - 1), _tv(*pair))
+    p, q = (label_shares(side, windows(len(side), WINDOW)) for side in (real, simulated))
+    distance = np.where(_ORDERED, _w1(p, q, _SIZES - 1), _tv(p, q))
     paths = [label_shares(side, windows(len(side), SHARE_WINDOW)) for side in (real, simulated)]
     confusion = np.zeros((*_IS_LABEL.shape, _SIZES.max()), dtype=np.int64)
     np.add.at(confusion, (np.arange(len(LABELS)), real, simulated), 1)
@@ -346,7 +346,7 @@ def evaluate(
         inside = np.array([domains[event] == domain for event in events])
         means = {method: mean(kl[row, inside]) for row, method in enumerate(methods)}
         by_domain[domain] = {"events": int(inside.sum()), "floor": mean(floor[inside]), "methods": means}
-    by_event = {m: {event: mean(kl[i, k]) for k, event in enumerate(events)} for i, m in enumerate(methods)}
+    by_event: dict[str, Any] = {m: {event: mean(kl[i, k]) for k, event in enumerate(events)} for i, m in enumerate(methods)}
     apart = {m: paired_bootstrap(by_event[m], by_event[OURS]) for m in reduction}
     return {
         "methods": table, "reduction": reduction, "gap_closed": gap_closed, "difference": apart, "floor": by_dimension(floor),

@@ -4,7 +4,8 @@
 seconds, where float32 takes 0.2. This is the same update with products of a chosen dtype, and matrices of one shape in one batch.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ class Muon(torch.optim.Optimizer):
         self.products = products
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # nothing here evaluates a closure
         for group in self.param_groups:
             by_shape: dict[torch.Size, list[Tensor]] = {}
             for p in group["params"]:
@@ -50,7 +51,7 @@ class Muon(torch.optim.Optimizer):
                 for p in some:
                     momentum = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
                     momentum.lerp_(p.grad, 1 - group["momentum"])
-                    updates.append(p.grad.lerp(momentum, group["momentum"]))
+                    updates.append(cast(Tensor, p.grad).lerp(momentum, group["momentum"]))
                 made = orthogonalised(torch.stack(updates).to(self.products))
                 for p, update in zip(some, made.to(some[0].dtype), strict=True):
                     p.mul_(1 - group["lr"] * group["weight_decay"])

@@ -19,15 +19,15 @@ from mfllm_ref.society.corpus import Corpus, Document
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Rows of tokens. `segments`: 0 the prefix, 1, 2, ... the branches, -1 padding; `targets` are -100 where nothing is
-    learned: all int64 [rows, time]. `sorts` and `events` say what each row's document is, and of which event."""
+    """Rows of tokens. `sorts` and `events` say what each row's document is, and of which event. `segments`: 0 the prefix,
+    1, 2, ... the branches, -1 padding; `targets` are -100 where nothing is learned: all int64 [rows, time]."""
 
+    sorts: list[str]
+    events: list[str]
     ids: Tensor
     positions: Tensor
     segments: Tensor
     targets: Tensor
-    sorts: list[str]
-    events: list[str]
 
 
 def collate(
@@ -60,7 +60,7 @@ def collate(
         rows.append((ids, positions, segments, targets))
     fills = (end, 0, -1, -100)
     columns = (torch.tensor([row[c] + [fills[c]] * (length - len(row[c])) for row in rows]) for c in range(4))
-    return Batch(*columns, [sort for sort, _ in documents], [document.event for _, document in documents])
+    return Batch([sort for sort, _ in documents], [document.event for _, document in documents], *columns)
 
 
 def block_mask(batch: Batch, window: int | None, dtype: torch.dtype) -> Tensor:

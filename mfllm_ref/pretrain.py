@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import tokenizers
@@ -224,13 +224,14 @@ def train_steps(
         workers = min(WORKERS, len(os.sched_getaffinity(0)))
     drawn = batches(corpus, tokenizer, settings.rows, settings.seed, steps, workers)
     started = time.perf_counter()
-    for layer in backbone.model.layers:
-        layer.dropout.p = settings.dropout
+    for module in backbone.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = settings.dropout
     for step, batch in zip(steps, drawn, strict=True):
         torch.manual_seed((settings.seed * settings.steps + step) * size + own)  # dropout's noise
         columns = (batch.ids, batch.positions, batch.segments, batch.targets)
         with torch.autocast(device.type, torch.bfloat16, enabled=settings.mixed):
-            mine = Batch(*(t[own::size].to(device) for t in columns), batch.sorts[own::size], batch.events[own::size])
+            mine = Batch(batch.sorts[own::size], batch.events[own::size], *(t[own::size].to(device) for t in columns))
             nats, targets = loss_sums(backbone, mine)
         sums, counts = torch.empty(2, settings.rows)
         for r, theirs in enumerate(ranks.gather((nats.detach().cpu(), targets.cpu()))):
@@ -244,7 +245,7 @@ def train_steps(
             finite("loss", loss.item())
         ((nats * weights[own::size].to(device)).sum() / total.to(device)).backward()
         if size > 1:
-            made = {own: [p.grad for p in parameters]}
+            made = {own: [cast(Tensor, p.grad) for p in parameters]}
             for optimizer in optimizers:
                 optimizer.zero_grad()
             ranks.add_gradients(parameters, made, [1.0] * size)
@@ -285,7 +286,7 @@ def corpora(events: Sequence[Event] | None, batch: int, half_life: float = HALF_
     # Real populations differ less than agora's, so fewer of them teach to read a signal; and there are few of them, so that a
     # backbone learns them by heart, where it should learn which words go with a label, whatever the topic.
     mixture = Mixture(reweighted=0.7, guests=0.5)
-    corpus = Corpus(chosen, annotate, batch, mixture, half_life=half_life)
+    corpus = Corpus(len(chosen), annotate, batch, mixture, chosen.__getitem__, half_life)
     return corpus, [Past(event, annotate, batch, half_life) for event in long[:HELD_OUT]]
 
 

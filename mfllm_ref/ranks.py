@@ -11,11 +11,15 @@ import contextlib
 import os
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from mfllm_ref.errors import InputError
 
-Part, Result = TypeVar("Part"), TypeVar("Result")
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Part = TypeVar("Part")
+Result = TypeVar("Result")
 _rank, _size, _store, _in_step = 0, 1, None, False
 
 
@@ -126,14 +130,16 @@ def compute(work: Callable[[Part], Result], parts: Sequence[Part], costs: Sequen
     finite are raised by every rank, those of the first part that has them."""
     if not sharing():
         return [work(part) for part in parts]
-    mine, failed = {}, {}
+    mine: dict[int, Result] = {}
+    failed: dict[int, Exception] = {}
     for number, owner in enumerate(share(costs)):
         if owner == _rank and not failed:
             try:
                 mine[number] = work(parts[number])
             except (InputError, FloatingPointError) as error:
                 failed[number] = error
-    found, failures = {}, {}
+    found: dict[int, Result] = {}
+    failures: dict[int, Exception] = {}
     for theirs, wrong in gather((mine, failed)):
         found, failures = found | theirs, failures | wrong
     if failures:
@@ -142,7 +148,7 @@ def compute(work: Callable[[Part], Result], parts: Sequence[Part], costs: Sequen
 
 
 def add_gradients(
-    parameters: Sequence["Tensor"], made: Mapping[int, Sequence["Tensor"]], costs: Sequence[float]  # noqa: F821
+    parameters: Sequence["Tensor"], made: Mapping[int, Sequence["Tensor"]], costs: Sequence[float]
 ) -> None:
     """Put into `parameters`' .grad, on every rank, the sum of the gradients of all parts (those that `compute` shared by
     `costs`; `made`: this rank's by number). Part after part, as one process adds them: the sum has the same bits."""

@@ -28,7 +28,7 @@ _FALLBACK = "#332288"
 
 
 def _style(method: str) -> dict:
-    family = max((name for name in _FAMILIES if method.startswith(name)), key=len, default=None)
+    family = max((name for name in _FAMILIES if method.startswith(name)), key=len, default="")
     dashes = next((dash for ending, dash in _DASHES.items() if method.endswith(ending)), "-")
     width = 2.4 if method == OURS else 1.3
     return {"color": _FAMILIES.get(family, _FALLBACK), "linestyle": dashes, "linewidth": width}
@@ -255,7 +255,7 @@ def response(
 
     curves: {"before", "after", "truth": {dimension: shares}}; names: the label that a dimension is watched by.
     """
-    styles = {"before": {"color": "#0072B2"}, "after": {"color": "#D55E00", "linewidth": 2.4}, "truth": {"color": "black", "linestyle": "--"}}
+    styles: dict[str, dict] = {"before": {"color": "#0072B2"}, "after": {"color": "#D55E00", "linewidth": 2.4}, "truth": {"color": "black", "linestyle": "--"}}
     with matplotlib.style.context("default"):
         page = Figure(figsize=(15, 7.4), dpi=100, layout="constrained")
         for axis, (dimension, label) in zip(page.subplots(2, 4).flat, names.items()):

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -105,7 +105,7 @@ def scale(args: argparse.Namespace) -> None:
         record[name].append(json.loads(done.stdout))
         runs.write_json(out / "scale.json", record)  # what was measured outlives whatever comes
 
-    def rows(found: Sequence[Mapping[str, float]]) -> list[list[object]]:
+    def rows(found: Sequence[dict[str, float]]) -> list[list[object]]:
         table: list[list[object]] = [["agents", "worlds", "s", "actions/s", "MB before", "MB peak", "with metrics", "metrics, s",
                                       "MB of files", "TFLOP", "GFLOP/s", "told everything, TFLOP"]]  # fmt: skip
         for row in found:

@@ -25,6 +25,10 @@ class ShareTokens(nn.Module):
     alike; both with half of the variance `std`**2.
     """
 
+    ids: Tensor  # of share tokens; of each, the place of its label and its percentage
+    label: Tensor
+    percent: Tensor
+
     def __init__(self, tokenizer: Tokenizer, dim: int, std: float, generator: torch.Generator) -> None:
         super().__init__()
         found = {id: match for id in range(tokenizer.vocab_size) if (match := SHARE.fullmatch(tokenizer.decode([id])))}

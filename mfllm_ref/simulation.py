@@ -8,6 +8,7 @@ import hashlib
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -34,10 +35,10 @@ def choose_events(data: Path | None, split: str | None, ids: Sequence[str], limi
 
     split: of the built-in world (default test), or a folder of that name in `data`. InputError for what is not there.
     """
+    own = split or "test"
     if data is None:
-        split = split or "test"
-        numbers = {f"agora-{split}-{index:04d}": index for index in range(agora.SPLITS[split])}
-        place = f"the built-in {split} split ({next(iter(numbers))} to {list(numbers)[-1]})"
+        numbers = {f"agora-{own}-{index:04d}": index for index in range(agora.SPLITS[own])}
+        place = f"the built-in {own} split ({next(iter(numbers))} to {list(numbers)[-1]})"
     else:
         if split is not None and not (data / split).is_dir():
             raise InputError(f"--split {split}: {data} has no folder of that name")
@@ -47,7 +48,7 @@ def choose_events(data: Path | None, split: str | None, ids: Sequence[str], limi
         if name not in numbers:
             raise InputError(f"--event {name}: not in {place}")
     chosen = list(dict.fromkeys(ids)) or list(numbers)[: limit or (BUILT_IN_EVENTS if data is None else None)]
-    return [agora.event(split, numbers[name]) if data is None else events[name] for name in chosen]
+    return [agora.event(own, numbers[name]) if data is None else events[name] for name in chosen]
 
 
 def find_adapters(folder: Path | None, given: Mapping[str, Path | None]) -> dict[str, Path]:
@@ -119,8 +120,8 @@ def roll_out(
     names = [f"trajectory{suffix}.jsonl", f"mean_field{suffix}.jsonl", *(["likelihood.jsonl"] if likelihood else [])]
     files = [run.lines(name) for name in names]
     counts = tuple([file.count for file in files] + [0] * (3 - len(files)))
-    for file, rows in zip(files, complete_steps(worlds, settings, counts, likelihood)[1]):
-        file.keep(rows)
+    for file, count in zip(files, complete_steps(worlds, settings, counts, likelihood)[1]):
+        file.keep(count)
     done = Rows(*files)  # read from the disk as they are replayed
     written, started = 0, time.perf_counter()
     total = sum(horizon(w.event, settings) - settings.warmup for w in worlds if not w.method.resamples)
@@ -135,7 +136,7 @@ def roll_out(
     return written, time.perf_counter() - started
 
 
-def _spoken(rows: Sequence[Mapping]) -> int:
+def _spoken(rows: Iterable[Mapping]) -> int:
     return sum(row["phase"] == "rollout" and not METHODS[str(row["method"])].resamples for row in rows)
 
 
@@ -176,7 +177,7 @@ def effect(
     start = min(intervention) + 1
     files = (read_json_lines(run.out / name) for name in ("trajectory.jsonl", "trajectory-without.jsonl"))
     sides = [metrics.collect(row for row in rows if row["step"] >= start) for rows in files]
-    out = {"from_step": start, "true_effect": None}
+    out: dict[str, Any] = {"from_step": start, "true_effect": None}
     pairs = ((key[1], world.simulated, sides[1][key].simulated) for key, world in sides[0].items())
     out["effect"] = metrics.share_changes(pairs)
     if events is None:

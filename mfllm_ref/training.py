@@ -68,7 +68,8 @@ def load_state(path: Path, device: torch.device) -> tuple[dict, dict[str, dict[s
         return None
     try:
         with safetensors.safe_open(path, "pt", device=str(device)) as file:
-            facts, groups = json.loads(file.metadata()["facts"]), {}
+            facts = json.loads(file.metadata()["facts"])
+            groups: dict[str, dict[str, Tensor]] = {}
             for key in file.keys():
                 group, _, name = key.partition(":")
                 groups.setdefault(group, {})[name] = file.get_tensor(key)

@@ -6,6 +6,7 @@ a policy under one signal. An adapter is selected among its versions by loss on 
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,7 +46,7 @@ class Job:
     mean_field: str | None
     steps: int
     lr: float  # unless the settings name one
-    beta: float | None = None
+    beta: float = 1.0
 
 
 def jobs(stage: str, methods: Sequence[str] | None, steps: tuple[int, int], betas: Sequence[float]) -> list[Job]:
@@ -92,7 +93,7 @@ def choose_events(
     """
     if data is None:
         splits = ([agora.event(split, i) for i in range(agora.SPLITS[split])] for split in ("train", "dev"))
-        tuned, dev = (sorted(events, key=lambda event: hashed("tuning", event.id)) for events in splits)
+        fitted, held = (sorted(events, key=lambda event: hashed("tuning", event.id)) for events in splits)
     else:
         for name in leave_out:
             if name not in {event.id for event in data}:
@@ -101,10 +102,10 @@ def choose_events(
         kept = [event for event in kept if event.id not in leave_out and len(event.actions) > 2 * batch]
         kept.sort(key=lambda event: hashed("selection", event.id))
         cut = max(1, len(kept) // 5)
-        dev, tuned = kept[:cut], kept[cut:]
-        if not tuned:
+        held, fitted = kept[:cut], kept[cut:]
+        if not fitted:
             raise InputError(f"{len(data)} events: an empty split, too few with over {2 * batch} actions to tune and select on")
-    tuned, dev = ([Past(event, annotate, batch, half_life) for event in some] for some in (tuned, dev[:DEV_EVENTS]))
+    tuned, dev = ([Past(event, annotate, batch, half_life) for event in some] for some in (fitted, held[:DEV_EVENTS]))
     if all(past.steps <= DEV_STEPS[0] for past in dev):
         raise InputError(f"an empty split: no event to select on has over {DEV_STEPS[0]} steps of actions")
     return tuned, dev
@@ -139,12 +140,12 @@ class Tuner:
     def one(self, job: Job, earlier: tuple[dict, dict[str, dict[str, Tensor]]] | None) -> None:
         """Tune one adapter and save it; `earlier` is the state to go on from."""
         lm, settings = self.lm, self.settings
-        settings = replace(settings, steps=job.steps, beta=job.beta or settings.beta, lr=settings.lr or job.lr)
+        settings = replace(settings, steps=job.steps, beta=job.beta)
         lm.add_adapter(job.name, self.rank, 2.0 * self.rank, "all-linear", seed=hashed("adapter", settings.seed) % 2**31)
         parameters = lm.adapters.parameters(job.name)
         best = [p.detach().clone() for p in parameters]
-        optimizer = torch.optim.AdamW(parameters, lr=settings.lr, betas=(0.9, 0.98), weight_decay=0.0)
-        facts = {"job": job.name, "step": 0, "best": None, "chains": []}
+        optimizer = torch.optim.AdamW(parameters, lr=settings.lr or job.lr, betas=(0.9, 0.98), weight_decay=0.0)
+        facts: dict[str, Any] = {"job": job.name, "step": 0, "best": None, "chains": []}
         if earlier is not None and earlier[1]:
             facts = earlier[0]
             with torch.no_grad():
@@ -152,7 +153,10 @@ class Tuner:
                     p.copy_(earlier[1]["adapter"][str(i)])
                     best[i] = earlier[1]["best"][str(i)]
             load_optimizer_tensors([optimizer], earlier[1]["optimizer"])
-        update, select, state = self._mean_field(job, settings, facts) if job.signal is None else self._policy(job, settings)
+        if job.signal is None:
+            update, select, state = self._mean_field(job, settings, facts)
+        else:
+            update, select, state = self._policy(job, job.signal, settings)
         every, pending = max(1, job.steps // SELECTIONS), []
         bar = tqdm(total=job.steps, initial=facts["step"], unit="step", desc=job.name, disable=not self.progress)
         try:
@@ -203,9 +207,9 @@ class Tuner:
 
         return update, select, lambda: chains.state
 
-    def _policy(self, job: Job, settings: Settings) -> tuple[Callable, Callable, Callable]:
+    def _policy(self, job: Job, signal: str, settings: Settings) -> tuple[Callable, Callable, Callable]:
         pasts = self.tuned
-        if job.signal == "mean-field":  # so many events that a step comes up about once: mean fields take time to write,
+        if signal == "mean-field":  # so many events that a step comes up about once: mean fields take time to write,
             # but a policy that sees few topics often learns their populations by heart instead of reading the summary
             steps = np.cumsum([past.steps - 1 for past in pasts])
             pasts = pasts[: int(np.searchsorted(steps, job.steps * settings.rows)) + 1]
@@ -213,12 +217,12 @@ class Tuner:
             dev_fields = self._fields(f"{job.name}.dev", job, self.dev, settings, max(DEV_STEPS) + 1)
 
         def told(some: Sequence[Past], written: Sequence[Sequence[str]], i: int, step: int) -> Document:
-            if job.signal == "mean-field":
+            if signal == "mean-field":
                 return some[i].told(step, ib_tune.signal_of(written[i][step]))
-            return some[i].policy(step, job.signal, some[i].batch)
+            return some[i].policy(step, signal, some[i].batch)
 
-        kind = "empirical" if job.signal == "mean-field" else job.signal  # of no such population a mean field was written
-        mine, theirs = (fields, dev_fields) if job.signal == "mean-field" else ([], [])
+        kind = "empirical" if signal == "mean-field" else signal  # of no such population a mean field was written
+        mine, theirs = (fields, dev_fields) if signal == "mean-field" else ([], [])
         fixed = [told(self.dev, theirs, i, step) for i, p in enumerate(self.dev) for step in DEV_STEPS if step < p.steps]
 
         def update(step: int) -> Update:

@@ -193,7 +193,7 @@ def tuned(random_lm):
         del random_lm.adapters.adapters[name]
 
 
-SMALL = Settings(lr=1e-2, rows=3, micro=2, samples=2, summary_tokens=6, beta=2.0)
+SMALL = Settings(rows=3, micro=2, samples=2, summary_tokens=6, beta=2.0)
 
 
 def test_an_update_is_the_estimator_on_its_own_samples(tuned, pasts, monkeypatch):
@@ -223,7 +223,7 @@ def test_an_update_is_the_estimator_on_its_own_samples(tuned, pasts, monkeypatch
     goes_on = [(after, texts) for after, before, texts in zip(chains.chains, now, sampled.texts) if after.past == before.past]
     assert goes_on and all(after.summary == texts[0] != texts[1] for after, texts in goes_on)
     before = [p.detach().clone() for p in parameters]
-    row = ib_tune.apply(tuned, update, torch.optim.SGD(parameters), 5, settings)
+    row = ib_tune.apply(tuned, update, torch.optim.SGD(parameters, lr=1e-2), 5, settings)
     expected = {"kl": kl.sum(-1).mean(), "reward": sampled.reward.mean(), "loss": kl.sum(-1).mean() - 2 * reward.mean()}
     for name, value in (expected | {"gradient_norm": gradients[0].norm()}).items():
         assert row[name] == pytest.approx(value.item(), abs=1e-9) != 0
@@ -294,10 +294,10 @@ def tuned_to_end(lm, prompt):
 
 def test_the_policy_stage_learns(tuned, pasts):
     """A few updates on one batch raise the likelihood of its actions; the backbone does not move."""
-    settings = Settings(steps=8, lr=2e-2, rows=3)
+    settings = Settings(steps=8, rows=3)
     documents = [past.policy(4, "empirical", 10) for past in pasts]
     weights = [p.clone() for p in tuned.backbone.parameters()]
-    optimizer = torch.optim.AdamW(tuned.adapters.parameters("policy"), lr=settings.lr)
+    optimizer = torch.optim.AdamW(tuned.adapters.parameters("policy"), lr=2e-2)
     rows = [
         ib_tune.apply(tuned, ib_tune.policy_update(tuned, documents, settings, "policy", "it"), optimizer, step, settings)
         for step in range(8)
@@ -328,13 +328,13 @@ def test_mixed_precision_has_nearly_the_gradient_of_float32_and_an_exact_kl(rand
     for name in ("mean-field", "policy"):
         found = []
         for mixed in (False, True):
-            settings = replace(SMALL, mixed=mixed, clip=1e9, lr=1e-30)
+            settings = replace(SMALL, mixed=mixed, clip=1e9)
             parameters = lm.adapters.parameters(name)
             if name == "policy":
                 update = ib_tune.policy_update(lm, documents, settings, name, "it")
             else:
                 update = ib_tune.mean_field_update(lm, Chains(pasts, 3, 0), settings, 5, name, None)
-            ib_tune.apply(lm, update, torch.optim.SGD(parameters), 0, settings)
+            ib_tune.apply(lm, update, torch.optim.SGD(parameters, lr=1e-30), 0, settings)
             found.append(torch.cat([p.grad.flatten() for p in parameters]))
         assert 0.99 < torch.cosine_similarity(*found, dim=0) < 1 and not torch.equal(*found)
     assert set(dtypes) == {(False, torch.float32, torch.float32, torch.float32)}
@@ -346,7 +346,7 @@ def test_a_loss_that_is_not_finite_stops_before_anything_moves(tuned, pasts):
     before = [p.detach().clone() for p in parameters]
     parts = [lambda: (parameters[0].sum() * 0 + 1, 0.5, {}), lambda: (parameters[0].sum() * math.nan, 0.5, {})]
     with pytest.raises(FloatingPointError, match=r"nan at step 7 \(event e step 3\)"):
-        ib_tune.apply(tuned, ib_tune.Update(parts, dict, "event e step 3"), optimizer, 7, Settings(lr=1e-2))
+        ib_tune.apply(tuned, ib_tune.Update(parts, dict, "event e step 3"), optimizer, 7, Settings())
     assert all(torch.equal(p, q) for p, q in zip(before, parameters, strict=True))
 
 

@@ -74,12 +74,12 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Ten
     q [batch, heads, time, head_dim], k/v [batch, kv_heads, time, head_dim] -> the shape of q. Rows decide, not
     positions."""
     time = q.shape[2]
-    narrow = window is not None and window < time
+    window = window if window is not None and window < time else None  # a wider one hides nothing
     plain = q.requires_grad and q.dtype == torch.bfloat16 and q.device.type == "cpu" and time <= PLAIN
-    if not narrow and not plain:
+    if window is None and not plain:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     visible = torch.ones(time, time, dtype=torch.bool, device=q.device).tril()
-    if narrow:
+    if window is not None:
         visible = visible.triu(1 - window)
     if plain:
         return plain_attention(q, k, v, torch.zeros_like(visible, dtype=q.dtype).masked_fill_(~visible, -torch.inf))
@@ -159,6 +159,16 @@ class Layer(nn.Module):
         return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
 
 
+class Trunk(nn.Module):
+    """All but the head, under the names that checkpoints have for it."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.embed_tokens = Embedding(config.vocab_size, config.dim)
+        self.layers = nn.ModuleList(Layer(config, layer) for layer in range(config.layers))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+
+
 class Backbone(nn.Module):
     """A decoder-only language model. Built with random weights (normal, deviation 0.02; biases 0), ready for training;
     `checkpoint.load_backbone` builds one from files."""
@@ -166,11 +176,7 @@ class Backbone(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
-        self.model = nn.ModuleDict({
-            "embed_tokens": Embedding(config.vocab_size, config.dim),
-            "layers": nn.ModuleList(Layer(config, layer) for layer in range(config.layers)),
-            "norm": RMSNorm(config.dim, config.norm_eps),
-        })  # fmt: skip
+        self.model = Trunk(config)
         self.lm_head = Linear(config.dim, config.vocab_size, bias=False)
         self.tie()
         # A plain attribute, neither parameter nor buffer: `.to(bfloat16)` must not round the angles.

@@ -69,6 +69,7 @@ class ChatTemplate:
         late = threading.Timer(PATIENCE, _worker.kill)
         late.start()
         try:
+            assert _worker.stdin is not None and _worker.stdout is not None  # both are pipes
             _worker.stdin.write(json.dumps([self.source, variables]).encode() + b"\n")
             _worker.stdin.flush()
             answer = json.loads(_worker.stdout.readline())

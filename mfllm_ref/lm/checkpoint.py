@@ -68,9 +68,9 @@ def shard(backbone: Backbone, device: str | torch.device) -> Backbone:
     if ranks.world_size() == 1:
         raise InputError("--shard: there is one process only, and nothing to spread weights over (see torchrun)")
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import FSDPModule, fully_shard
 
-    def gathering(layer: torch.nn.Module) -> Callable[..., None]:
+    def gathering(layer: FSDPModule) -> Callable[..., None]:
         # FSDP brings weights back for a gradient that comes through a layer's output; that of a prefix comes through keys
         # and values alone, which `attend` takes out of the layer's middle.
         def hook(module: torch.nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> None:
@@ -81,10 +81,10 @@ def shard(backbone: Backbone, device: str | torch.device) -> Backbone:
 
     mesh = init_device_mesh(torch.device(device).type, (ranks.world_size(),))
     for layer in backbone.model.layers:
-        fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+        spread = fully_shard(layer, mesh=mesh, reshard_after_forward=True)
         for module in layer.modules():
             if isinstance(module, torch.nn.Linear):
-                module.register_forward_hook(gathering(layer))
+                module.register_forward_hook(gathering(spread))
     ranks.keep_step()
     return backbone.to(device)
 
@@ -142,7 +142,8 @@ def locate_tensors(
 ) -> dict[str, Path]:  # fmt: skip
     """Which of `files` holds which tensor, after checking that together they hold each `expected` tensor (name ->
     shape) once, perhaps the `optional` ones, no other but `ignored` names, all floats. Reads headers only."""
-    shapes, stored = {**(optional or {}), **expected}, {}
+    shapes = {**(optional or {}), **expected}
+    stored: dict[str, Path] = {}
     for file in files:
         with open_tensors(file) as handle:
             for name in handle.keys():

@@ -84,7 +84,7 @@ class Config:
 
     def to_json(self) -> dict[str, Any]:
         """The config.json of this backbone, in the published layout, which transformers 4 and 5 both read."""
-        widths = set(self.windows) - {None}
+        widths = {window for window in self.windows if window is not None}
         if len(widths) > 1 or (self.model_type == "mistral" and len(set(self.windows)) > 1):
             raise ValueError(f"config.json cannot express these sliding windows: {self.windows}")
         config = {
@@ -101,7 +101,7 @@ class Config:
         if self.model_type == "llama":
             config["mlp_bias"] = self.mlp_bias
         else:
-            config["sliding_window"] = min(widths, default=None)
+            config["sliding_window"] = min(widths) if widths else None
         if self.model_type in ("qwen2", "qwen3"):
             config["use_sliding_window"] = bool(widths)
             config["layer_types"] = [LAYER_TYPES[window is not None] for window in self.windows]
@@ -126,7 +126,7 @@ class _Reader:
         return value
 
     def number(self, key: str, default: float | None = None, table: dict[str, Any] | None = None) -> float:
-        value = (self.config if table is None else table).get(key, default)
+        value: Any = (self.config if table is None else table).get(key, default)
         if type(value) not in (int, float) or not 0 < value < 1e30:
             raise InputError(f"{self.where}: {key} must be a positive number, not {value!r:.60}")
         return float(value)

@@ -39,8 +39,9 @@ class Replay:
         full = np.full_like(lengths, cache_k.shape[3])
         self.step = Step(backbone, lengths, world, prefixes, cache_k, cache_v, planned=full)
         self.ids = torch.zeros(len(lengths), dtype=torch.int64, device=cache_k.device)
-        self.calls, self.graph = 0, None
-        self.hidden: Tensor | None = None
+        self.calls = 0
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.hidden: Tensor
 
     def __call__(self, ids: Tensor) -> Tensor:
         """ids int64 [agents] -> hidden [agents, dim]."""

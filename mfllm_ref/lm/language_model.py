@@ -162,7 +162,7 @@ class LanguageModel:
 
         with self.adapter(self.adapters.active):
             done = ranks.compute(decode, chunks, [cost(chunk, ids, extra) for chunk in chunks])
-        written = {agent: new for chunk, some in zip(chunks, done) for agent, new in zip(members(chunk), some, strict=True)}
+        written = dict(pair for chunk, some in zip(chunks, done) for pair in zip(members(chunk), some, strict=True))
         return [written[agent] for agent in range(len(prompts))]
 
     def log_prob(
@@ -178,9 +178,9 @@ class LanguageModel:
         """
         if len(continuations) != len(prompts):
             raise InputError(f"{len(continuations)} continuations for {len(prompts)} prompts")
-        if end_of_text and self.tokenizer.end_id is None:
+        end = [self.tokenizer.end_id] if end_of_text and self.tokenizer.end_id is not None else []
+        if end_of_text and not end:
             raise InputError("the checkpoint names no end of text token")
-        end = [self.tokenizer.end_id] if end_of_text else []
         targets = [ids + end for ids in self._encode(continuations)]
         ids, extra = self._prompt_ids(prompts, targets), [len(target) for target in targets]
         shared = not torch.is_grad_enabled()  # gradients stay where they are made
@@ -224,7 +224,7 @@ class LanguageModel:
         self, prompts: Sequence[Prompt], targets: list[list[int]], worlds: Sequence[Hashable] | None
     ) -> Tensor:  # fmt: skip
         """Hidden states [tokens, dim] that predict the targets, in the prompts' order."""
-        ids, done = self._prompt_ids(prompts, targets), {}
+        ids, done = self._prompt_ids(prompts, targets), dict[int, Tensor]()
         for chunk in self._chunks(ids, [len(t) for t in targets], worlds):
             agents = members(chunk)
             for some, hidden in self._hidden(ids, targets, chunk):
@@ -306,7 +306,7 @@ class LanguageModel:
         seen = square(prompts, max_new_tokens, device) if penalty != 1 else None
         reach = max((len(s.encode()) for s in stop), default=0) + 8  # tokens that a stop string may extend over
         eos = np.array(self.tokenizer.eos_ids, dtype=np.int64)
-        ending = self.tokenizer.may_end(stop) if stop else None
+        ending = self.tokenizer.may_end(stop) if stop else np.zeros(1, dtype=bool)
 
         for step in range(max_new_tokens):
             logits = self.backbone.logits(hidden).to(torch.promote_types(self.dtype, torch.float32))
@@ -320,7 +320,7 @@ class LanguageModel:
             counts[row_of[alive]] = step + 1
             alive &= ~ended & (step + 1 < limits[row_of])
             # Reading only texts that a stop string may have ended saves a tenth of the time of a small backbone.
-            going = np.flatnonzero(alive & ending[np.minimum(new, len(ending) - 1)]) if stop else ()
+            going = np.flatnonzero(alive & ending[np.minimum(new, len(ending) - 1)])
             if len(going):
                 tails = self._texts(tokens[row_of[going], max(0, step + 1 - reach) : step + 1])
                 for row in going[[any(s in tail for s in stop) for tail in tails]]:
@@ -348,7 +348,7 @@ class LanguageModel:
             hidden = feed(chosen)
         return [row[:count].tolist() for row, count in zip(tokens, counts, strict=True)]
 
-    def _texts(self, batch: Sequence[np.ndarray]) -> list[str]:
+    def _texts(self, batch: np.ndarray | Sequence[np.ndarray]) -> list[str]:
         """Decoded ids. A backbone's vocabulary is often padded beyond the tokenizer's: ids from there have no text."""
         known = self.tokenizer.vocab_size
         return self.tokenizer.decode_batch([ids[ids < known].tolist() for ids in batch])

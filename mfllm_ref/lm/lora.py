@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -40,15 +40,18 @@ HARMLESS = {
 }  # fmt: skip
 # ... and everything else must be switched off. Other initialisations than these also move the backbone's own weights.
 INITIALISATIONS = (None, True, False, "gaussian", "orthogonal")
-OFF = (None, False, "none", "", {}, [])
+OFF: tuple[Any, ...] = (None, False, "none", "", {}, [])
+
+
+Low = tuple[nn.Parameter, nn.Parameter, float]  # A [rank, in], B [out, rank] and the scale of B A
 
 
 @dataclass
 class Adapter:
-    """A set of low-rank updates: for each adapted layer's path A [rank, in], B [out, rank] and the scale of B A."""
+    """A set of low-rank updates, by the path of the layer that they adapt."""
 
     options: dict[str, Any]  # the honoured part of adapter_config.json
-    layers: dict[str, tuple[nn.Parameter, nn.Parameter, float]]
+    layers: dict[str, Low]
 
 
 class Adapters:
@@ -76,13 +79,14 @@ class Adapters:
             raise InputError(f"{where}: {key} is not supported")
         options |= {"r": rank, "lora_alpha": alpha, "target_modules": targets, "peft_type": "LORA"}
         generator = None if seed is None else torch.Generator().manual_seed(seed)
-        layers = {}
+        layers: dict[str, Low] = {}
         for path, (rank, scale) in self._new(name, options, where).items():
-            linear = self.backbone.get_submodule(path)
+            linear = self._linear(path)
             a = torch.empty(rank, linear.in_features)
             nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
             b = torch.zeros(linear.out_features, rank)
-            layers[path] = (*(nn.Parameter(t.to(linear.weight.device, _dtype(linear))) for t in (a, b)), scale)
+            a, b = (t.to(linear.weight.device, _dtype(linear)) for t in (a, b))
+            layers[path] = nn.Parameter(a), nn.Parameter(b), scale
         self.adapters[name] = Adapter(_honoured(options), layers)
 
     def load(self, name: str, path: str | Path, trainable: bool = False) -> None:
@@ -91,17 +95,18 @@ class Adapters:
         folder = Path(path)
         options = read_object(folder / CONFIG, required=True)
         scales = self._new(name, options, str(folder / CONFIG))
-        expected = {}
+        expected: dict[str, tuple[int, ...]] = {}
         for layer, (rank, _) in scales.items():
-            linear = self.backbone.get_submodule(layer)
+            linear = self._linear(layer)
             a, b = _keys(layer)
             expected |= {a: (rank, linear.in_features), b: (linear.out_features, rank)}
         stored = locate_tensors([folder / WEIGHTS], expected)
-        layers = {}
+        layers: dict[str, Low] = {}
         for layer, (_, scale) in scales.items():
-            weight, dtype = self.backbone.get_submodule(layer).weight, _dtype(self.backbone.get_submodule(layer))
-            pair = (read_tensor(stored[key], key, expected[key], weight.device, dtype) for key in _keys(layer))
-            layers[layer] = (*(nn.Parameter(tensor, requires_grad=trainable) for tensor in pair), scale)
+            device, dtype = self._linear(layer).weight.device, _dtype(self._linear(layer))
+            pair = (read_tensor(stored[key], key, expected[key], device, dtype) for key in _keys(layer))
+            low_a, low_b = (nn.Parameter(tensor, requires_grad=trainable) for tensor in pair)
+            layers[layer] = low_a, low_b, scale
         self.adapters[name] = Adapter(_honoured(options), layers)
 
     def save(self, name: str, path: str | Path) -> None:
@@ -139,13 +144,13 @@ class Adapters:
             return self.activate(name)
         if name is None or not self._merged or name != self.active:
             self.activate(None)
-        if name == self.active:
+        if name is None or name == self.active:
             return
         adapter = self._get(name)
         with torch.no_grad():
             for path, (a, b, scale) in adapter.layers.items():
-                linear = self.backbone.get_submodule(path)
-                self._merged[path] = linear.weight
+                linear = self._linear(path)
+                self._merged[path] = cast(nn.Parameter, linear.weight)
                 merged = (linear.weight.to(a.dtype) + (b @ a) * scale).to(linear.weight.dtype)
                 linear.weight = nn.Parameter(merged, requires_grad=False)  # new: a tied embedding keeps the old one
         self.active = name
@@ -160,7 +165,7 @@ class Adapters:
             adapters = [Adapter({}, {}) if name is None else self._get(name) for name in names]
             self.activate(None)
             for path in dict.fromkeys(path for adapter in adapters for path in adapter.layers):
-                linear = self.backbone.get_submodule(path)
+                linear = self._linear(path)
                 updates = {i: adapter.layers[path] for i, adapter in enumerate(adapters) if path in adapter.layers}
                 self._mixtures.append(_Mixture(updates, linear.weight))
                 self._hooks.append(linear.register_forward_hook(self._mixtures[-1]))
@@ -173,8 +178,11 @@ class Adapters:
         if self._merged:
             self.active = None
         for path, weight in self._merged.items():
-            self.backbone.get_submodule(path).weight = weight
+            self._linear(path).weight = weight
         self._merged = {}
+
+    def _linear(self, path: str) -> nn.Linear:
+        return cast(nn.Linear, self.backbone.get_submodule(path))
 
     def _get(self, name: str) -> Adapter:
         if name not in self.adapters:
@@ -201,7 +209,9 @@ class _Mixture:
     """The forward hook of a linear layer under several adapters: all A's are stacked, all B's laid side by side, and
     what a row has of the others' A x is multiplied by 0 in between. In the layer's own dtype."""
 
-    def __init__(self, updates: Mapping[int, tuple[Tensor, Tensor, float]], weight: Tensor) -> None:
+    gate: Tensor  # [rows, owner]: 1 where the row is of the adapter that owns this row of `a`
+
+    def __init__(self, updates: Mapping[int, Low], weight: Tensor) -> None:
         self.a = torch.cat([a.detach() for a, _, _ in updates.values()]).to(weight.dtype)
         self.b = torch.cat([b.detach() * scale for _, b, scale in updates.values()], dim=1).to(weight.dtype).T
         self.owner = torch.tensor([i for i, (a, _, _) in updates.items() for _ in a], device=weight.device)
@@ -216,7 +226,7 @@ def _keys(path: str) -> tuple[str, str]:
     return f"base_model.model.{path}.lora_A.weight", f"base_model.model.{path}.lora_B.weight"
 
 
-def _dtype(linear: nn.Module) -> torch.dtype:
+def _dtype(linear: nn.Linear) -> torch.dtype:
     return torch.promote_types(linear.weight.dtype, torch.float32)
 
 

@@ -56,7 +56,7 @@ class Tokenizer:
         config = read_object(folder / "tokenizer_config.json")
         self.vocab_size = model.size
         names = {**read_object(folder / "special_tokens_map.json"), **config}
-        self._names = {key: _content(names[key]) for key in NAMED if _content(names.get(key)) is not None}
+        self._names = {key: name for key in NAMED if (name := _content(names.get(key))) is not None}
         self._template = ChatTemplate.find(folder, config)
         end = self._id("eos_token")
         declared: tuple[int, ...] = ()
@@ -193,7 +193,7 @@ class _Json(_Model):
         try:
             _check_merges(spec)
             self.full = tokenizers.Tokenizer.from_str(json.dumps(spec))
-            named = {_content(config.get(key)) for key in NAMED} - {None}
+            named = {name for key in NAMED if (name := _content(config.get(key))) is not None}
             self.full.add_special_tokens(sorted(name for name in named if self.full.token_to_id(name) is not None))
             self.full.no_truncation()
             self.full.no_padding()
@@ -201,10 +201,10 @@ class _Json(_Model):
                 token.content: Added(id, token.special, token.lstrip, token.rstrip, token.single_word)
                 for id, token in self.full.get_added_tokens_decoder().items()
             }
-            spec = json.dumps(_without_added(spec, self.added))
-            self.plain = tokenizers.Tokenizer.from_str(spec)
-            once = re.sub(r'("prepend_scheme": )"first"', r'\1"never"', spec)
-            self.later = self.plain if once == spec else tokenizers.Tokenizer.from_str(once)
+            plain = json.dumps(_without_added(spec, self.added))
+            self.plain = tokenizers.Tokenizer.from_str(plain)
+            once = re.sub(r'("prepend_scheme": )"first"', r'\1"never"', plain)
+            self.later = self.plain if once == plain else tokenizers.Tokenizer.from_str(once)
             self.size = max(self.full.get_vocab(with_added_tokens=True).values(), default=-1) + 1
             bare, whole = (self.full.encode("a", add_special_tokens=add).ids for add in (False, True))
         except BaseException as error:  # the library raises nothing more specific, and its panics are not even Exceptions
@@ -227,8 +227,8 @@ class _Json(_Model):
 def _check_merges(spec: dict[str, Any]) -> None:
     """Raise ValueError where the second part of a merge lacks the prefix of what continues a word: `tokenizers` cuts off as
     many bytes unseen, and where that is too many or half a character it ends the process."""
-    model = spec.get("model")
-    prefix = isinstance(model, dict) and model.get("continuing_subword_prefix")
+    model: Any = spec.get("model")
+    prefix: Any = model.get("continuing_subword_prefix") if isinstance(model, dict) else None
     for first, second in _merges(model) if prefix else []:
         if not second.startswith(prefix):
             raise ValueError(f"the merge {[first, second]!r:.80} does not continue with continuing_subword_prefix {prefix!r:.80}")
@@ -325,7 +325,7 @@ class _SentencePiece(_Model):
                 except UnicodeDecodeError:
                     text.append("\ufffd" * len(run))
                 run.clear()
-            text.append(self.pieces.get(id, "").replace("\u2581", " "))
+            text.append("" if id is None else self.pieces.get(id, "").replace("\u2581", " "))
         joined = "".join(text)
         return joined[1:] if self.strips and joined.startswith(" ") else joined
 

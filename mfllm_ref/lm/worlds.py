@@ -146,9 +146,8 @@ def _run(
     device = backbone.lm_head.weight.device
     ids = np.array([id for row in rows for id in row], dtype=np.int64)
     positions = np.arange(len(ids)) - np.repeat(packing.ends - packing.lengths - starts, packing.lengths)
-    ids, positions = (np.pad(x, (0, packing.total - len(x)))[None] for x in (ids, positions))
-    ids, positions, wanted = (torch.from_numpy(x).to(device) for x in (ids, positions, wanted))
-    return backbone.hidden(ids, positions, attend, wanted)[0]
+    told, at = (torch.from_numpy(np.pad(x, (0, packing.total - len(x)))[None]).to(device) for x in (ids, positions))
+    return backbone.hidden(told, at, attend, torch.from_numpy(wanted).to(device))[0]
 
 
 def _batches(lengths: np.ndarray, device: torch.device) -> list[slice]:
@@ -226,7 +225,8 @@ def run_prefixes(backbone: Backbone, chunk: list[World]) -> Prefixes:
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, packing: Packing = packing) -> Tensor:
             k, v = packing.pad(k, packing.left), packing.pad(v, packing.left)
-            parts[layer].append(tuple(F.pad(x, (0, 0, 0, longest - x.shape[2])) for x in (k, v)))
+            more = (0, 0, 0, longest - k.shape[2])
+            parts[layer].append((F.pad(k, more), F.pad(v, more)))
             if q.shape[2] == 0:  # the last layer: nothing is asked of a prefix but its keys and values
                 return q
             out = causal_attention(packing.pad(q, packing.left), k, v, config.windows[layer])

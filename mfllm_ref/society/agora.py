@@ -95,7 +95,7 @@ class World:
         return f"agora-{self.split}-{self.index:04d}"
 
 
-def choice_probabilities(utility: np.ndarray, coupling: float, field: np.ndarray, opinion: np.ndarray) -> np.ndarray:
+def choice_probabilities(utility: np.ndarray, coupling: float | np.ndarray, field: np.ndarray, opinion: np.ndarray) -> np.ndarray:
     """P(stance | s, m, t) = softmax(u + J m + h): utility [..., 3], field and opinion [3] (or alike) -> [..., 3]."""
     logits = utility + coupling * opinion + field
     weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
@@ -254,7 +254,7 @@ def other_labels(stance: str, opinion: np.ndarray, mood: str, u: Iterator[float]
     }
 
 
-def act(here: World, index: int, stance: int, opinion: np.ndarray, noise: Sequence[float]) -> Action:
+def act(here: World, index: int, stance: int, opinion: np.ndarray, noise: Iterable[float]) -> Action:
     """The action at `index` with a stance already chosen: labels, then words, from a row of uniforms."""
     u = iter(noise)
     labels = other_labels(STANCES[stance], opinion, here.moods[index], u)

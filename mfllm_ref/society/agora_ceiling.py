@@ -48,7 +48,8 @@ def reader(event: Event, seed: int) -> list[Action]:
 def beliefs() -> tuple[np.ndarray, ...]:
     """Worlds drawn from the prior: J [n], h without shocks [n, 3], first opinion [n, 3], and what their topics say [n, 3]."""
     rng, n = agora.generator("agora", "beliefs"), PRIOR
-    coupling, base = rng.uniform(*agora.CONSTANTS["coupling"]["world"], n), rng.standard_normal((n, 3)) * agora.CONSTANTS["field"]
+    low, high = agora.CONSTANTS["coupling"]["world"]
+    coupling, base = rng.uniform(low, high, n), rng.standard_normal((n, 3)) * agora.CONSTANTS["field"]
     first = rng.dirichlet(np.full(3, agora.CONSTANTS["first_opinion"]), n)
     return coupling, base, first, agora.hints(coupling, base, rng.standard_normal((n, 4)))
 
@@ -143,7 +144,7 @@ def blind(event: Event, seed: int) -> list[Action]:
         p = agora.choice_probabilities(here.utility[None, span], here.coupling, here.field[span], opinion[:, None])
         stance = _drawn(p, rng)
         if start >= WARMUP:
-            for offset, who in enumerate(rng.integers(POPULATIONS, size=p.shape[1])):
+            for offset, who in enumerate(np.asarray(rng.integers(POPULATIONS, size=p.shape[1]))):
                 choice = int(stance[who, offset])
                 actions.append(agora.act(here, start + offset, choice, opinion[who], rng.random(NOISE)))
         shares = (stance[..., None] == np.arange(3)).mean(axis=1)

@@ -247,7 +247,9 @@ class LMAnnotator:
         import torch  # here, because whoever uses the rules alone needs none of it
 
         template, comma, lead = PROMPTS[language]
-        prompts, continuations, worlds = [], [], []
+        prompts: list[str] = []
+        continuations: list[str] = []
+        worlds: list[int] = []
         for text in texts:
             post = " ".join(text[:PROMPT_CHARACTERS].split())
             for dimension, labels in DIMENSIONS.items():

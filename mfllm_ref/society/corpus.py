@@ -117,7 +117,7 @@ class Past:
         """The summary after `step`, told neither topic nor history."""
         return Document(prompts.prior_prompt(self.event.language), (("", self.population[step + 1]),), self.event.id)
 
-    def mean_field(self, step: int, others: int = 0, rng: np.random.Generator | None = None) -> Document:
+    def mean_field(self, step: int, others: int, rng: np.random.Generator) -> Document:
         """The summary after `step`, written by the verbaliser from counts; then those that would follow if one of `others`
         random ones stood in the place of the real summary before.
 
@@ -191,11 +191,10 @@ class Mixture:
 class Corpus:
     """Draws documents from events. A draw is a pure function of the generator it is given."""
 
-    def __init__(self, events: Sequence[Event] | int, annotate: Annotator, batch: int, mixture: Mixture,
-                 event: Callable[[int], Event] | None = None, half_life: float = HALF_LIFE) -> None:  # fmt: skip
-        """`events`: the events, or their number, `event` then making the i-th one when it is first drawn."""
-        self.count = events if isinstance(events, int) else len(events)
-        self.make = event if event is not None else list(events).__getitem__
+    def __init__(self, count: int, annotate: Annotator, batch: int, mixture: Mixture, event: Callable[[int], Event],
+                 half_life: float = HALF_LIFE) -> None:  # fmt: skip
+        """`event` makes the i-th of `count` events when it is first drawn."""
+        self.count, self.make = count, event
         self.annotate, self.batch, self.mixture, self.half_life = annotate, batch, mixture, half_life
         self.pasts: dict[int, Past] = {}
 

@@ -99,10 +99,10 @@ def _own(data: Any, where: str) -> Event:
     posts = []
     for number, item in enumerate(a_list(data.get("posts", []), where, "'posts'")):
         here = f"{where}: post {number}"
-        index = an_object(item, here, "it").get("index")
-        if type(index) is not int or not 0 <= index <= len(actions):
-            raise InputError(f"{here}: 'index' must be one of 0 to {len(actions)}, not {show(index)}")
-        posts.append(PublicPost(index, text_field(item, "text", here)))
+        before = an_object(item, here, "it").get("index")
+        if type(before) is not int or not 0 <= before <= len(actions):
+            raise InputError(f"{here}: 'index' must be one of 0 to {len(actions)}, not {show(before)}")
+        posts.append(PublicPost(before, text_field(item, "text", here)))
     here = f"{where}: facts"
     facts = an_object(data.get("facts", {}), where, "'facts'")
     facts = {text_field({"name": name}, "name", here): number_field(facts, name, here) for name in facts}
@@ -205,7 +205,8 @@ def _ced_time(date: str, latest: float, where: str) -> float:
     first = datetime.fromtimestamp(latest, BEIJING).year if math.isfinite(latest) else 2009  # the site's first year
     for year in range(first, first + 9):  # 29 February may have to wait for a leap year
         try:
-            time = datetime(year, *map(int, short.groups()), tzinfo=BEIJING).timestamp()
+            month, day, hour, minute = map(int, short.groups())
+            time = datetime(year, month, day, hour, minute, tzinfo=BEIJING).timestamp()
         except ValueError:
             continue
         if time >= latest:
@@ -256,8 +257,8 @@ def _rumoureval(path: Path, stories: Sequence[Path]) -> Iterator[Event]:
         if not sources:
             raise InputError(f"{where}: no thread has a source tweet")
         # A story's name says little; the tweet that opens it says what it is about.
-        _, answered, actions = zip(*(tweets[key] for key in ordered))
-        yield _event(where, id, f"{story.name}: {sources[0]}", "news", "en", _linked(actions, ordered, answered))
+        answers, actions = zip(*(tweets[key][1:] for key in ordered))
+        yield _event(where, id, f"{story.name}: {sources[0]}", "news", "en", _linked(actions, ordered, answers))
 
 
 def _tweet(tweet: Mapping[str, Any], labels: Mapping[str, str], where: str) -> Action:
@@ -303,7 +304,7 @@ def _event(where: str, id: str, topic: str, domain: str, language: Any, actions:
     if len(actions) < 2:
         raise InputError(f"{where}: has {len(actions)} action{'s' * (len(actions) != 1)}, needs at least two")
     order = sorted(range(len(actions)), key=lambda index: actions[index].time)
-    place = {old: new for new, old in enumerate(order)}
+    place: dict[int | None, int] = {old: new for new, old in enumerate(order)}
     ordered = [replace(actions[old], parent=place.get(actions[old].parent)) for old in order]
     return Event(id, topic, domain, language, tuple(ordered), tuple(sorted(posts, key=lambda post: post.index)), facts)
 

@@ -19,6 +19,7 @@ import torch
 
 from mfllm_ref.errors import InputError, Notice
 from mfllm_ref.lm import LanguageModel
+from mfllm_ref.runs import JsonLines
 from mfllm_ref.society import prompts
 from mfllm_ref.society.events import Event, action_ids, hashed
 from mfllm_ref.society.signals import HALF_LIFE, History, Seen
@@ -290,20 +291,18 @@ class Rows:
     """What one step adds to trajectory.jsonl, mean_field.jsonl (DESIGN section 3) and likelihood.jsonl, which has a row
     {event, method, seed, step, nll, tokens, text} a twin and step: `text` is the mean field that its real past led to."""
 
-    trajectory: Sequence[Row] = ()
-    mean_field: Sequence[Row] = ()
-    likelihood: Sequence[Row] = ()
+    trajectory: Sequence[Row] | JsonLines = ()
+    mean_field: Sequence[Row] | JsonLines = ()
+    likelihood: Sequence[Row] | JsonLines = ()
 
-    def counts(self) -> tuple[int, int, int]:
+    def counts(self) -> tuple[int, ...]:
         return len(self.trajectory), len(self.mean_field), len(self.likelihood)
 
 
-def _expected(states: Sequence[State], twins: Sequence[State], step: int) -> tuple[int, int, int]:
+def _expected(states: Sequence[State], twins: Sequence[State], step: int) -> tuple[int, ...]:
     """How many rows of each file `step` makes."""
-    return (
-        sum(len(state.indices(step)) for state in states), sum(state.guides(step + 1) for state in states),
-        sum(len(twin.indices(step)) > 0 for twin in twins),
-    )  # fmt: skip
+    acted, told = sum(len(s.indices(step)) for s in states), sum(s.guides(step + 1) for s in states)
+    return acted, told, sum(len(twin.indices(step)) > 0 for twin in twins)
 
 
 def _states(
@@ -317,11 +316,11 @@ def _states(
 
 
 def complete_steps(
-    worlds: Sequence[World], settings: Settings, rows: tuple[int, int, int], likelihood: bool = False
-) -> tuple[int, tuple[int, int, int]]:
+    worlds: Sequence[World], settings: Settings, rows: tuple[int, ...], likelihood: bool = False
+) -> tuple[int, tuple[int, ...]]:
     """How many steps are complete in files of so many `rows` (as `Rows.counts`), and how many rows those steps have."""
     states, twins = _states(worlds, settings, {}, likelihood)
-    used = (0, 0, 0)
+    used: tuple[int, ...] = (0, 0, 0)
     for step in _steps(states):
         after = tuple(map(sum, zip(used, _expected(states, twins, step), strict=True)))
         if any(a > b for a, b in zip(after, rows, strict=True)):
@@ -331,7 +330,7 @@ def complete_steps(
 
 
 def rollout(
-    lm: LanguageModel | None, worlds: Sequence[World], settings: Settings, annotate: Annotator,
+    lm: LanguageModel, worlds: Sequence[World], settings: Settings, annotate: Annotator,
     intervention: Intervention | None = None, done: Rows = Rows(), likelihood: bool = False,
 ) -> Iterator[Rows]:  # fmt: skip
     """Run all worlds to their ends, yielding the rows of one step at a time.
@@ -373,7 +372,7 @@ def rollout(
             continue
         _update_mean_fields(lm, active + forced, step, actions, settings)
         yield Rows(
-            [row for state, *written in zip(active, texts, labels) for row in _rows(state, step, *written, real)],
+            [row for state, some, marks in zip(active, texts, labels) for row in _rows(state, step, some, marks, real)],
             [{**_key(s), "step": step + 1, "text": s.mean_field} for s in active if s.guides(step + 1)],
             [
                 {**_key(twin), "step": step, "nll": nats, "tokens": tokens, "text": twin.mean_field}

@@ -145,7 +145,7 @@ class History:
         self.newest: deque[Seen] = deque(maxlen=RECENT)
         self.window: deque[Seen] = deque(maxlen=POPULAR_WINDOW)
         self.children: dict[int, int] = {}
-        self.mean: Shares | None = None
+        self.mean: Shares = {}
         self.weight = 0.0
 
     def update(self, step: Sequence[Seen]) -> None:
@@ -160,12 +160,12 @@ class History:
             if seen.parent is not None:
                 self.children[seen.parent] = self.children.get(seen.parent, 0) + 1
         now, weight = shares([seen.labels for seen in step]), self.weight
-        self.mean = now | (self.mean or {})
+        self.mean = now | self.mean
         for dimension, p in self.mean.items():
             self.mean[dimension], self.weight = moved(p, weight, now[dimension], self.retention)
 
-    def population(self) -> Shares | None:
-        """Exponentially weighted label shares of all actions so far (`half_life` in actions); None before the first."""
+    def population(self) -> Shares:
+        """Exponentially weighted label shares of all actions so far (`half_life` in actions); none before the first."""
         return self.mean
 
     def _score(self, seen: Seen) -> float:

@@ -30,12 +30,12 @@ def test_training_prompts_are_those_of_a_simulation(past):
             actions = state.seen(step, [event.actions[i].text for i in state.indices(step)], labels)
             state.history.update(actions)
             state.mean_field = past.population[step]
-            document = past.mean_field(step)
+            document = past.mean_field(step, 0, np.random.default_rng(0))
             assert document.prefix + document.branches[0][0] == state.mean_field_prompt(step, actions)
 
 
 def test_summaries_state_the_counts(past):
-    document = past.mean_field(0)
+    document = past.mean_field(0, 0, np.random.default_rng(0))
     stated, counted = parse(document.branches[0][1], "en"), shares([seen.labels for seen in past.actions(0)])
     for dimension, p in counted.items():
         np.testing.assert_allclose(stated[dimension], p, atol=0.01)
@@ -66,7 +66,7 @@ def test_imagined_summaries_move_as_the_real_one_does(past):
     the real one's, and they alone speak for a dimension that the summary had lost."""
     rng, step, lost, error, small = np.random.default_rng(0), 3, 0, [], []
     document = past.mean_field(step, 400, rng)
-    assert document.branches[:1] == past.mean_field(step).branches, "the real one comes first"
+    assert document.branches[:1] == past.mean_field(step, 0, rng).branches, "the real one comes first"
     now = shares([seen.labels for seen in past.actions(step)])
     weight = sum(0.5 ** (past.batch / past.half_life * k) for k in range(step + 1))
     for private, target in document.branches[1:]:
