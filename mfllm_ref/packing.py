@@ -29,6 +29,11 @@ class Batch:
     segments: Tensor
     targets: Tensor
 
+    def rows(self, some: slice, device: torch.device) -> "Batch":
+        """Some of the rows, on `device`."""
+        columns = (self.ids, self.positions, self.segments, self.targets)
+        return Batch(self.sorts[some], self.events[some], *(column[some].to(device) for column in columns))
+
 
 def collate(
     documents: Sequence[tuple[str, Document]], tokenizer: Tokenizer, end: int, length: int = 512, multiple: int = 16

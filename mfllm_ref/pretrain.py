@@ -28,7 +28,7 @@ from mfllm_ref.lm.checkpoint import save_backbone
 from mfllm_ref.lm.config import Config
 from mfllm_ref.lm.tokenizer import Tokenizer
 from mfllm_ref.muon import Muon
-from mfllm_ref.packing import Batch, batches, block_mask
+from mfllm_ref.packing import Batch, batches, block_mask, collate
 from mfllm_ref.runs import Run, write_bytes, write_json
 from mfllm_ref.share_tokens import ShareTokens, settle_embeddings, share_embeddings
 from mfllm_ref.society import agora
@@ -42,7 +42,7 @@ from mfllm_ref.training import STATE, at, finite, load_optimizer_tensors, load_s
 # A summary's token counts so much more in the loss than an action's: a document has some 60 of the first or 170 of the second,
 # which are soon as well predicted as they can be, while a summary that is wrong misleads all steps behind it.
 SUMMARY_WEIGHT = 4.0
-HELD_OUT = 20  # events that the response curve is drawn on
+HELD_OUT, LOOKS = 20, 20  # events never learned from, on which the response curve is drawn too; how often their loss is looked at
 TOKENIZER_DOCUMENTS, POPULATIONS = 6000, 4  # that the tokenizer is trained on: documents, populations in words beside each
 END = "<|endoftext|>"
 WORKERS = 6  # processes that draw batches ahead for a GPU: one takes some 90 ms for 36 rows, the GPU 41 for the step
@@ -163,6 +163,20 @@ def loss_sums(backbone: Backbone, batch: Batch) -> tuple[Tensor, Tensor]:
     return sums, torch.bincount(rows, minlength=len(batch.ids)).float()
 
 
+@torch.no_grad()
+def held_out_loss(backbone: Backbone, tokenizer: Tokenizer, pasts: Sequence[Past], width: int, mixed: bool = False) -> float:
+    """What real actions of events that it never saw cost a backbone in training, told the population's exact label shares: nats a
+    token, of up to `width` actions from the middle of each event on, as far as they fit in a row. Nothing is dropped out."""
+    device = next(backbone.parameters()).device
+    documents = [("empirical", past.policy(past.steps // 2, "empirical", width)) for past in pasts]
+    batch = collate(documents, tokenizer, end=0).rows(slice(None), device)
+    backbone.eval()
+    with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
+        nats, targets = loss_sums(backbone, batch)
+    backbone.train()
+    return float(nats.sum() / targets.sum())
+
+
 def initialise(backbone: Backbone, generator: torch.Generator) -> None:
     """Normal weights of deviation fan_in**-0.5, outputs of blocks smaller by sqrt(2 layers); the embedding EMBEDDING."""
     scale = (2 * backbone.config.layers) ** -0.5
@@ -229,10 +243,8 @@ def train_steps(
             module.p = settings.dropout
     for step, batch in zip(steps, drawn, strict=True):
         torch.manual_seed((settings.seed * settings.steps + step) * size + own)  # dropout's noise
-        columns = (batch.ids, batch.positions, batch.segments, batch.targets)
         with torch.autocast(device.type, torch.bfloat16, enabled=settings.mixed):
-            mine = Batch(batch.sorts[own::size], batch.events[own::size], *(t[own::size].to(device) for t in columns))
-            nats, targets = loss_sums(backbone, mine)
+            nats, targets = loss_sums(backbone, batch.rows(slice(own, None, size), device))
         sums, counts = torch.empty(2, settings.rows)
         for r, theirs in enumerate(ranks.gather((nats.detach().cpu(), targets.cpu()))):
             sums[r::size], counts[r::size] = theirs
@@ -326,6 +338,8 @@ def run(run: Run, settings: Mapping[str, Any], events: Sequence[Event] | None, d
             pending.append(row)
             bar.update()
             bar.set_postfix_str(f"loss {row['loss']:.3f}")
+            if (row["step"] + 1) % max(1, plan.steps // LOOKS) == 0:
+                row["dev_loss"] = held_out_loss(backbone, tokenizer, held_out, corpus.mixture.width, plan.mixed)
             if len(pending) == settings["save_every"] or row["step"] == plan.steps - 1:
                 log.append(pending)
                 pending = []

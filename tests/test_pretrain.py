@@ -18,8 +18,8 @@ from mfllm_ref.lm.tokenizer import Tokenizer
 from mfllm_ref.packing import collate
 from mfllm_ref.society import agora, prompts
 from mfllm_ref.society.annotate import RuleAnnotator
-from mfllm_ref.society.corpus import Corpus, Mixture
-from mfllm_ref.society.readers import write_events
+from mfllm_ref.society.corpus import Corpus, Mixture, Past
+from mfllm_ref.society.readers import load_events, write_events
 
 TEXTS = st.text(alphabet=st.characters(codec="utf-8"), max_size=60) | st.sampled_from(
     ["<0x41>", "<|endoftext|>", "转发微博[哈哈]", "\u2028\x00", "43% of 100% 5%", "🕯️"]
@@ -105,6 +105,28 @@ def test_dropout_is_noise_of_the_step_while_training_and_nothing_after():
     assert torch.equal(lm.backbone(ids), backbone.eval()(ids))
 
 
+@pytest.mark.parametrize("width", [3, 1000])
+def test_the_held_out_loss_is_what_real_actions_cost_who_is_told_the_shares(width):
+    """Nats a token of the language model, of as many actions as fit, without dropout though it is in training."""
+    tokenizer = Tokenizer.load(Path(__file__).resolve().parents[1] / "checkpoints" / "tiny")
+    backbone = Backbone(pretrain.config_for("qwen2", pretrain.Shape(32, 2, 4, 2, 48, 0), tokenizer.vocab_size))
+    pasts = [Past(agora.event("train", index), RuleAnnotator(), 10) for index in range(2)]
+    for module in backbone.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    lost = pretrain.held_out_loss(backbone, tokenizer, pasts, width)
+    assert backbone.training
+    lm, nats, tokens = LanguageModel(backbone, tokenizer), 0.0, 0
+    for past in pasts:
+        document = past.policy(15, "empirical", width)
+        branches = document.branches[: int(collate([("", document)], tokenizer, end=0).segments.max())]
+        assert len(branches) == 3 or 3 < len(branches) < 150
+        texts = [text for _, text in branches]
+        nats -= lm.log_prob([document.prefix + private for private, _ in branches], texts, end_of_text=True).sum().item()
+        tokens += sum(len(tokenizer.encode(text)) + 1 for text in texts)
+    assert lost == pytest.approx(nats / tokens, rel=1e-5)
+
+
 def test_optimizer_state_survives_tensors():
     torch.manual_seed(0)
     shape = pretrain.Shape(dim=16, layers=1, heads=2, kv_heads=1, intermediate=16, vocab=300)
@@ -188,6 +210,9 @@ def test_a_pretrained_folder_loads_in_transformers_and_a_killed_run_resumes_to_t
     # Not AutoTokenizer: it forces Qwen2's own pieces on every checkpoint of type qwen2.
     assert PreTrainedTokenizerFast.from_pretrained(tmp_path / "whole").encode("Topic: a dam\nPost:\n") == ids[0].tolist()
     *log, last = [json.loads(line) for line in open(tmp_path / "whole" / "log.jsonl")]
+    pasts = pretrain.corpora(load_events(small_data), 10, 960)[1]
+    lost = pretrain.held_out_loss(lm.backbone, lm.tokenizer, pasts, 32)
+    assert log[-1]["dev_loss"] == pytest.approx(lost, rel=0.002) != log[0]["dev_loss"], "of what is written, but for its rounding"
     assert [row["step"] for row in log] == [0, 1, 2, 3] and (tmp_path / "whole" / "loss.png").stat().st_size > 5000
     assert json.loads((tmp_path / "whole" / "run.json").read_text())["settings"]["half_life"] == 960
     assert last == {"response": json.loads((tmp_path / "whole" / "run.json").read_text())["response"]}
