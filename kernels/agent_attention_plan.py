@@ -28,7 +28,7 @@ class Plan:
     """What `agent_attention` derives from lengths alone. Valid for every layer with the same window.
 
     heads, q_len and suffix_max are q's and suffix_k's sizes; the rest are agent_attention's own arguments. The tensors
-    may live on any device. What PyTorch (`pieces`, masks) or Triton (`blocks`, lengths) needs is made on `device` when it
+    may live on any device. What PyTorch (`pieces`, masks) or Triton (tables, `lengths`) needs is made on `device` when it
     is first asked for. grain: PyTorch's products read prefixes in multiples of so many keys, as far as there are slots, where
     every shape costs. Raises ValueError for lengths that cannot be.
     """

@@ -42,7 +42,7 @@ from mfllm_ref.training import STATE, at, finite, load_optimizer_tensors, load_s
 # A summary's token counts so much more in the loss than an action's: a document has some 60 of the first or 170 of the second,
 # which are soon as well predicted as they can be, while a summary that is wrong misleads all steps behind it.
 SUMMARY_WEIGHT = 4.0
-HELD_OUT, LOOKS = 20, 20  # events never learned from, on which the response curve is drawn too; how often their loss is looked at
+HELD_OUT, LOOKS = 20, 20  # events never learned from, which the response curve is drawn on too; how often their loss is looked at
 TOKENIZER_DOCUMENTS, POPULATIONS = 6000, 4  # that the tokenizer is trained on: documents, populations in words beside each
 END = "<|endoftext|>"
 WORKERS = 6  # processes that draw batches ahead for a GPU: one takes some 90 ms for 36 rows, the GPU 41 for the step
