@@ -68,10 +68,10 @@ def _finished(folder: Path) -> dict:
 
 
 def table(whole: Mapping, by_run: Mapping[str, Sequence[float | None]]) -> str:
-    """The README's table: measures by method, and each method's KL less mf-llm's with its 95% interval."""
+    """The README's table: measures by method, and each method's KL minus mf-llm's with its 95% interval."""
     several = max(map(len, by_run.values())) > 1
     head = ["method", "KL", "95% interval", *["by run"] * several, "W1", "DTW", "macro-F1", "micro-F1", "nll"]
-    rows = [[*head, f"KL less {OURS}'s, 95% interval"]]
+    rows = [[*head, f"KL minus {OURS}'s, 95% interval"]]
     for method, entry in whole["methods"].items():
         values = [entry["kl"]["mean"], *(entry[name]["mean"] for name in MEASURES), entry["nll"]]
         kl, *others = ("–" if value is None else f"{value:.3f}" for value in values)

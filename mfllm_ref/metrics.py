@@ -279,7 +279,7 @@ def evaluate(
     of them have. The entropy that excludes a dimension is that of its real labels pooled over the rollout actions of
     these events, each action once; its values are still given, but no mean holds them. "by_domain" is {DOMAIN:
     {"events": n, "floor": x, "methods": {METHOD: mean KL}}}; beyond the contract, "kl_by_event" is {METHOD: {EVENT: mean
-    KL}}, "difference" {RIVAL: `paired_bootstrap` of its KL less mf-llm's} and "notes" says why a field is null. ValueError for
+    KL}}, "difference" {RIVAL: `paired_bootstrap` of its KL minus mf-llm's} and "notes" says why a field is null. ValueError for
     nothing to score.
     """
     methods = list(dict.fromkeys(method for _, method, _ in worlds))
