@@ -16,7 +16,8 @@ Notable in the fast path:
   gradients pass, scores on prefix and suffix are laid side by side for one softmax: in bfloat16 up to 5x faster than the CPU's
   flash kernel.
 - Unused slots may hold anything. Masked scores have probability exactly 0, so an unused value does harm only if it is
-  not finite (0 * NaN): then, and only then, the result is computed again from cleaned copies.
+  not finite (0 * NaN). Without gradients the result is computed again from cleaned copies only then, with gradients they
+  are always used.
 - What depends on lengths alone is a `Plan` (`agent_attention_plan.py`); a model with many layers makes it once and passes it to
   each of them.
 """
@@ -84,9 +85,9 @@ def agent_attention(
     position suffix_len - q_len + i and sees all keys up to and including its own; rows at negative positions are
     padding and return 0. With window w, key j is visible to position i iff i - w < j <= i, over prefix and suffix
     together. Unused slots may hold NaN. Differentiable where an input requires grad. Keys and values of another dtype than q's
-    are converted. Triton's products are of q's dtype, summed in float32. PyTorch computes float16 in float32; in bfloat16 it
-    rounds scores, less that of one key, to bfloat16 before the softmax in float32: a result is off by 0.5% (norm of the error
-    to norm) where scores spread by one nat, by 1% where by 3 to 10, wherever they lie if there is a prefix.
+    are converted. Triton's products are of q's dtype, summed in float32. PyTorch computes float16 in float32. In
+    bfloat16 it rounds scores (less that of one key, so their level is of no account if there is a prefix) before a softmax in
+    float32: the relative error, of norms, is 0.5% where scores spread by one nat and 1% where they spread by 3 to 10.
 
     plan: what `Plan` makes of the same lengths and window, where many calls share them. Its lengths count then: of those given
     here only the shapes are checked. Raises ValueError for lengths, shapes and devices that do not fit together, and for a
@@ -218,8 +219,8 @@ def _flash(plan: Plan, q: Tensor, prefix_k: Tensor, prefix_v: Tensor, suffix_k: 
 
 
 def _onward(shared: Tensor, shared_sum: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor) -> None:
-    """From averages and log-sum-exps over prefixes on over the agents' own keys, by batched products, into `out`: with few rows an
-    agent, as in decode, several times as fast as the flash kernel.
+    """Continue softmaxes over prefixes, given by their averages and log-sum-exps, over the agents' own keys by batched products,
+    into `out`. Several times as fast as the flash kernel for the few rows that an agent has in decode.
 
     Weights are relative to the prefix's, whose sum is 1 then. Where theirs overflows (a score 88 nats above all of the prefix), the
     result is NaN, and `agent_attention` computes it again in another way."""

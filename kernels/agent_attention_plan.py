@@ -3,6 +3,7 @@
 A model with many layers makes a `Plan` once for all of them. Nothing here touches queries, keys or values.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -29,8 +30,8 @@ class Plan:
 
     heads, q_len and suffix_max are q's and suffix_k's sizes; the rest are agent_attention's own arguments. The tensors
     may live on any device. What PyTorch (`pieces`, masks) or Triton (tables, `lengths`) needs is made on `device` when it
-    is first asked for. grain: PyTorch's products read prefixes in multiples of so many keys, as far as there are slots, where
-    every shape costs. Raises ValueError for lengths that cannot be.
+    is first asked for. grain: PyTorch's products read a multiple of so many keys of a prefix (at most as many as there are
+    slots), so that fewer shapes of them occur. Raises ValueError for lengths that cannot be.
     """
 
     def __init__(
@@ -91,16 +92,9 @@ class Plan:
     def pieces(self, cells: int) -> list[Piece]:
         """How to go through worlds and agents with at most `cells` scores at once."""
         if cells not in self._pieces:
-            self._pieces[cells] = self._cut(cells)
+            runs = _runs(self.counts, self.prefix, self.shape[1] * self.shape[2], self.suffix_max, cells)
+            self._pieces[cells] = [self._piece(*run) for run in runs]
         return self._pieces[cells]
-
-    def _cut(self, cells: int) -> list[Piece]:
-        (_, heads, q_len), first = self.shape, None
-        if self.window is not None:  # the first key of the prefix that each row sees
-            first = np.maximum(self.prefix[self.of][:, None] + self.row - self.window + 1, 0)
-        ends = np.cumsum(self.counts)
-        runs = _runs(self.counts, self.prefix, heads * q_len, self.suffix_max, cells)
-        return [self._piece(run, self.counts, ends, self.prefix, first) for run in runs]
 
     @cached_property
     def lengths(self) -> tuple[Tensor, ...]:
@@ -134,15 +128,10 @@ class Plan:
         mask = np.where(hidden, np.float32(-np.inf), np.float32(0))
         return torch.from_numpy(mask).to(self.device) if hidden.any() else None
 
-    def _piece(
-        self, run: tuple[int, int, int, int], counts: np.ndarray, ends: np.ndarray, prefix: np.ndarray,
-        first: np.ndarray | None,
-    ) -> Piece:  # fmt: skip
-        start, stop, skip, take = run
-        begin = ends[start] - counts[start] + skip
-        end = begin + take if take else ends[stop - 1]
-        sizes = np.array([take]) if take else counts[start:stop]
-        lengths, width = prefix[start:stop], int(sizes.max())
+    def _piece(self, worlds: slice, agents: slice) -> Piece:
+        alone = worlds.stop == worlds.start + 1  # perhaps a part of it
+        sizes = np.array([agents.stop - agents.start]) if alone else self.counts[worlds]
+        lengths, width = self.prefix[worlds], int(sizes.max())
         longest = min(self.prefix_max, -(-int(lengths.max()) // self.grain) * self.grain)
         slots = back = None
         agent = np.minimum((np.cumsum(sizes) - sizes)[:, None] + np.arange(width), sizes.sum() - 1).ravel()
@@ -151,27 +140,29 @@ class Plan:
             slots = torch.from_numpy(agent).to(self.device)
         key = np.arange(longest)
         hidden = (key >= lengths[:, None])[:, None, None, None, None]
-        if first is not None and (first[begin:end] > 0).any():
-            hidden = hidden | (key < first[begin:end][agent].reshape(len(sizes), 1, width, 1, -1, 1))
-        return Piece(slice(int(begin), int(end)), slice(start, stop), width, longest, slots, back, self._mask(hidden))
+        if self.window is not None:
+            first = self.prefix[self.of[agents]][:, None] + self.row[agents] - self.window + 1  # key that each row sees
+            if (first > 0).any():
+                hidden = hidden | (key < first[agent].reshape(len(sizes), 1, width, 1, -1, 1))
+        return Piece(agents, worlds, width, longest, slots, back, self._mask(hidden))
 
 
-def _runs(counts: np.ndarray, prefix: np.ndarray, rows: int, suffix: int, cells: int) -> list[tuple[int, int, int, int]]:
-    """Neighbouring worlds to compute together: (first world, last + 1, agents of it to skip, agents to take or 0 for
-    all). A run is cut where its scores would pass `cells` or where over half of its slots would stay empty."""
-    runs: list[tuple[int, int, int, int]] = []
-    start, worlds = 0, len(counts)
+def _runs(counts: np.ndarray, prefix: np.ndarray, rows: int, suffix: int, cells: int) -> Iterator[tuple[slice, slice]]:
+    """Neighbouring worlds to compute together, and their agents; of a world that is too much by itself some agents at a time.
+    A run is cut where its scores would pass `cells` or where over half of its slots would stay empty."""
+    start, worlds, ends = 0, len(counts), np.cumsum(counts)
     while start < worlds:
+        first, end = int(ends[start] - counts[start]), int(ends[start])
         limit = max(1, cells // max(1, rows * (int(prefix[start]) + suffix)))
-        if counts[start] > limit:  # even one world is too much: its agents in turns
-            runs += [(start, start + 1, i, int(min(limit, counts[start] - i))) for i in range(0, counts[start], limit)]
+        if counts[start] > limit:
+            for i in range(first, end, limit):
+                yield slice(start, start + 1), slice(i, min(i + limit, end))
             start += 1
             continue
         slots = np.arange(1, worlds - start + 1) * np.maximum.accumulate(counts[start:])
         scores = slots * rows * (np.maximum.accumulate(prefix[start:]) + suffix)
         fits = (scores <= cells) & (slots <= 2 * np.cumsum(counts[start:]))
-        stop = start + max(1, int(np.argmin(fits)) if not fits.all() else len(fits))
+        stop = start + max(1, int(np.argmin(np.append(fits, False))))
         if counts[start:stop].any():
-            runs.append((start, stop, 0, 0))
+            yield slice(start, stop), slice(first, int(ends[stop - 1]))
         start = stop
-    return runs

@@ -4,7 +4,7 @@ Every figure of a run is of that run: the machine's ceilings (copy bandwidth, ma
 rivals, timed in turns, so that a disturbance meets all of them; medians. "bound" is the analytic cost model, FLOPs at the
 matrix rate plus bytes at the copy rate, of the work that no implementation can avoid; GB/s and TFLOP/s are counted for
 that same work whatever an implementation does. On a GPU ms are the GPU's, and host ms what it takes to queue a call: where
-they are more, a call alone waits for them. Memory is what a call allocates at its peak beyond its inputs.
+host ms exceed ms, a single call waits for the host. Memory is what a call allocates at its peak beyond its inputs.
 On CUDA these are Qwen2-1.5B's shapes in bfloat16 and the Triton kernels, else smaller ones in float32 and the CPU paths.
 """
 
@@ -67,13 +67,12 @@ def queued(call: Call) -> float:
 
 def medians(calls: dict[str, Call], device: str, budget: float) -> dict[str, float]:
     """Seconds of each call (called before), the median of rounds in which each is timed once; at least 3, at most 50 rounds."""
-    with torch.inference_mode(False):
-        times: dict[str, list[float]] = {name: [] for name in calls}
-        start, rounds = time.perf_counter(), 0
-        while rounds < 3 or (rounds < 50 and time.perf_counter() - start < budget):
-            for name, call in calls.items():
-                times[name].append(seconds(call, device))
-            rounds += 1
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    start, rounds = time.perf_counter(), 0
+    while rounds < 3 or (rounds < 50 and time.perf_counter() - start < budget):
+        for name, call in calls.items():
+            times[name].append(seconds(call, device))
+        rounds += 1
     return {name: statistics.median(values) for name, values in times.items()}
 
 

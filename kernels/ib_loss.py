@@ -29,7 +29,8 @@ from kernels.dispatch import runs_triton
 IGNORED = -100  # a target that counts for nothing, as in PyTorch's cross-entropy
 TOKENS, CELLS = 512, 2**18  # tokens, and logits of hidden, that the CPU path holds at once (they should fit in cache)
 HEAD = 2**22  # numbers of the head that it uses at once: where the head is of another dtype, they are copied
-# Numbers of both gradients that it keeps from the forward pass in any case, and how many of a vocabulary's logits they may be.
+# Both gradients are kept from the forward pass where they are at most KEPT numbers, or at most SHARE of the logits; elsewhere the
+# backward pass makes the logits again.
 KEPT, SHARE = 2**23, 1 / 40
 SLACK = 20.0  # e^(z-a) may grow to e^SLACK before the maximum a is moved: sums over any vocabulary stay far from overflow
 

@@ -6,8 +6,9 @@ agents that share a prefix of P tokens, read S of their own and write G takes ab
     FLOPs   (1 - 1/L) [2 M (P + B S) + 4 L h d (P^2 / 2 + B S (P + S/2))]  +  B G [2 M + 2 V D + 4 L h d (P + S + G/2)]
     bytes   G e [M + V D + 2 L g d (P + B (S + G/2))]                          while it writes
 
-(reading a prompt, the last layer runs for one token alone; a matrix product of m x k and k x n is 2 m k n FLOPs). An agent that
-computes its own prefix has P + S in the place of P / B + S; one that reads its own copy, B P in that of P among the bytes.
+(reading a prompt, the last layer runs for one token alone; a matrix product of m x k and k x n is 2 m k n FLOPs). Where each
+agent computes the prefix for itself, B P stands in the place of P, and all layers run for all tokens; where each reads its own
+copy of it, B P stands there among the bytes.
 """
 
 import math
@@ -17,7 +18,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mfllm_ref.errors import InputError
 from mfllm_ref.lm.config import Config
 from mfllm_ref.lm.language_model import LOGITS, ROWS
 
@@ -84,9 +84,7 @@ def told_everything(config: Config, load: Load, agents: int) -> float:
 
 
 def exponent(sizes: Sequence[float], seconds: Sequence[float]) -> float:
-    """Least-squares slope of log seconds on log size. InputError for under two sizes."""
-    if len(set(sizes)) < 2:
-        raise InputError("a scaling exponent needs two sizes")
+    """Least-squares slope of log seconds on log size, of two sizes at least."""
     return float(np.polyfit(np.log(sizes), np.log(seconds), 1)[0])
 
 

@@ -8,7 +8,6 @@ import torch
 
 from mfllm_ref import bench, pretrain
 from mfllm_ref.arithmetic import Cost, Load, Society, exponent, measured_flops, predict, told_everything
-from mfllm_ref.errors import InputError
 
 SMALL = pretrain.config_for("qwen2", pretrain.Shape(dim=4, layers=2, heads=2, kv_heads=1, intermediate=3, vocab=5), 5)
 QWEN = pretrain.config_for("qwen2", bench.SHAPES["qwen2-1.5b"], 151_936)
@@ -79,8 +78,6 @@ def test_telling_everything_is_quadratic_and_a_mean_field_is_not():
 def test_exponent_is_the_slope():
     sizes = [1000, 2000, 8000]
     assert exponent(sizes, [7e-3 * n**1.25 for n in sizes]) == pytest.approx(1.25)
-    with pytest.raises(InputError, match="two sizes"):
-        exponent([5, 5], [1, 2])
 
 
 def test_prediction_spreads_worlds_then_agents():

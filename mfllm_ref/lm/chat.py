@@ -73,9 +73,11 @@ class ChatTemplate:
             _worker.stdin.write(json.dumps([self.source, variables]).encode() + b"\n")
             _worker.stdin.flush()
             answer = json.loads(_worker.stdout.readline())
-        except (OSError, ValueError):  # it ended without an answer
-            _stop()
-            answer = {"error": f"it ran for over {PATIENCE} s, or out of memory"}
+        except BaseException as error:
+            _stop()  # an answer that is not waited for would be taken for the next chat's
+            if not isinstance(error, (OSError, ValueError)):
+                raise
+            answer = {"error": f"it ran for over {PATIENCE} s, or out of memory"}  # it ended without an answer
         finally:
             late.cancel()
         if "error" in answer:

@@ -18,6 +18,7 @@ import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MEMORY = 2**29  # bytes of address space
+LONGEST = 2**20  # characters that it may write, contents not counted: who encodes them needs 300 times the memory
 
 
 @functools.lru_cache(maxsize=8)
@@ -45,6 +46,8 @@ def main() -> None:
         try:
             source, variables = json.loads(line)
             answer = {"text": compiled(source).render(**variables)}
+            if len(answer["text"]) > LONGEST:
+                raise ValueError(f"it wrote {len(answer['text'])} characters")
         except Exception as error:  # a program may fail in any way
             answer = {"error": str(error) or type(error).__name__}
         print(json.dumps(answer), flush=True)

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from kernels import IBTerms, ib_loss
@@ -81,7 +82,8 @@ class LanguageModel:
         self.adapters.add(name, rank, alpha, targets, seed, **options)
 
     def load_adapter(self, name: str, path: str | Path, trainable: bool = False) -> None:
-        """An adapter from a PEFT folder. Raises InputError if it is damaged or does not fit."""
+        """An adapter from a PEFT folder. Raises InputError if it is damaged or does not fit. A regular expression in its
+        target_modules is run as it stands, as PEFT does: one made to take forever does."""
         self.adapters.load(name, path, trainable)
 
     def save_adapter(self, name: str, path: str | Path) -> None:
@@ -206,7 +208,14 @@ class LanguageModel:
         """The information bottleneck's terms of every token of `continuations` (ids, as `sample` gives them): log_prob
         under the active adapter given `prompts`, prior_log_prob under the bare backbone given `prior_prompts`, and the
         exact kl = KL(mu(. | prompt, m_<j) || r(. | prior prompt, m_<j)) in nats: each [prompts, longest], 0 behind a
-        continuation's end. Differentiable in log_prob and kl. Raises InputError as `generate` does."""
+        continuation's end. Differentiable in log_prob and kl. Raises InputError as `generate` does and for an adapter of the head,
+        which the bare backbone shares, FloatingPointError as `log_prob` does."""
+        if not len(prompts) == len(continuations) == len(prior_prompts) > 0:
+            counts = f"{len(prompts)} prompts, {len(continuations)} continuations and {len(prior_prompts)} prior prompts"
+            raise InputError(f"{counts}: as many of each were expected, at least one")
+        active = self.adapters.active
+        if active is not None and "lm_head" in self.adapters.adapters[active].layers:
+            raise InputError(f"adapter {active!r} adapts lm_head, which ib_terms needs frozen")
         targets = self._encode(continuations)
         flat = self._flat_hidden(prompts, targets, worlds)
         with self.adapter(None), torch.no_grad():
@@ -215,10 +224,9 @@ class LanguageModel:
         target = torch.tensor([t for row in targets for t in row], device=self.device, dtype=torch.int64)
         with torch.autocast(self.device.type, enabled=False):  # an exact KL is worth its price
             terms = ib_loss(flat, prior, self.backbone.lm_head.weight.detach(), target)
-        row = torch.repeat_interleave(torch.tensor(sizes)).to(self.device)
-        column = torch.cat([torch.arange(n) for n in [0, *sizes]]).to(self.device)
-        shape = (len(targets), max(sizes, default=0))
-        return IBTerms(*(term.new_zeros(shape).index_put((row, column), term) for term in terms))
+        for term in terms:
+            check_finite(term.detach())
+        return IBTerms(*(pad_sequence(term.split(sizes), batch_first=True) for term in terms))
 
     def _flat_hidden(
         self, prompts: Sequence[Prompt], targets: list[list[int]], worlds: Sequence[Hashable] | None
@@ -241,8 +249,9 @@ class LanguageModel:
         if isinstance(texts, str):
             raise InputError("a list of prompts was expected, not one text")
         for i, text in enumerate(texts):
-            if not isinstance(text, str | list | tuple) or not (isinstance(text, str) or all(map(_whole, text))):
-                raise InputError(f"prompt {i} must be text or a list of token ids, not {text!r:.60}")
+            ids = isinstance(text, list | tuple) and all(isinstance(id, int | np.integer) for id in text)
+            if not (ids or isinstance(text, str)):
+                raise InputError(f"text {i} must be text or a list of token ids, not {text!r:.60}")
         unique = list(dict.fromkeys(text for text in texts if isinstance(text, str)))
         known = dict(zip(unique, self.tokenizer.encode_batch(unique), strict=True))
         vocab = self.backbone.config.vocab_size
@@ -306,7 +315,7 @@ class LanguageModel:
         seen = square(prompts, max_new_tokens, device) if penalty != 1 else None
         reach = max((len(s.encode()) for s in stop), default=0) + 8  # tokens that a stop string may extend over
         eos = np.array(self.tokenizer.eos_ids, dtype=np.int64)
-        ending = self.tokenizer.may_end(stop) if stop else np.zeros(1, dtype=bool)
+        ending = self.tokenizer.may_end(stop, config.vocab_size) if stop else np.zeros(1, dtype=bool)
 
         for step in range(max_new_tokens):
             logits = self.backbone.logits(hidden).to(torch.promote_types(self.dtype, torch.float32))
@@ -393,7 +402,3 @@ class LanguageModel:
     def _token_log_prob(self, hidden: Tensor, target: Tensor) -> Tensor:
         logits = self.backbone.logits(hidden).to(torch.promote_types(self.dtype, torch.float32))
         return -F.cross_entropy(logits, target, reduction="none")
-
-
-def _whole(id: Any) -> bool:
-    return isinstance(id, int | np.integer)

@@ -142,9 +142,10 @@ class Adapters:
         processes stay as they are: then it is `activate`."""
         if ranks.in_step():
             return self.activate(name)
-        if name is None or not self._merged or name != self.active:
-            self.activate(None)
-        if name is None or name == self.active:
+        if self._merged and name == self.active:
+            return
+        self.activate(None)
+        if name is None:
             return
         adapter = self._get(name)
         with torch.no_grad():
@@ -242,9 +243,8 @@ def resolve(backbone: Backbone, options: Any, where: str) -> dict[str, tuple[int
     for key, value in options.items():
         if key not in HONOURED and key not in HARMLESS and not any(value == off for off in OFF):
             raise InputError(f"{where}: {key} = {value!r:.80} is not supported")
-    if not any(options.get("init_lora_weights") is known for known in INITIALISATIONS[:3]):
-        if options["init_lora_weights"] not in INITIALISATIONS[3:]:
-            raise InputError(f"{where}: init_lora_weights = {options['init_lora_weights']!r:.80} is not supported")
+    if options.get("init_lora_weights") not in INITIALISATIONS:
+        raise InputError(f"{where}: init_lora_weights = {options['init_lora_weights']!r:.80} is not supported")
     options = _honoured(options)
     if type(options["use_rslora"]) is not bool:
         raise InputError(f"{where}: use_rslora must be true or false")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 _WEYL = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, odd
-LIKELY = 64  # tokens among which a nucleus is looked for first, then among eight times as many
+LIKELY = 512  # tokens among which a nucleus is looked for first
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
@@ -58,22 +58,18 @@ def truncate(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
 
 def _nucleus(logits: Tensor, top_p: float) -> Tensor:
     """`truncate` by top_p. Mostly the likeliest few hold it, and then only they are sorted."""
-    (agents, vocab), total = logits.shape, logits.logsumexp(dim=-1, keepdim=True)
-    count, last = total.new_empty(agents, 1, dtype=torch.int64), torch.empty_like(total)  # of the tokens that stay
-    rows, these, size = torch.arange(agents, device=logits.device), logits, 0
-    while len(rows):
-        size = min(size * 8 or LIKELY, vocab)
-        ordered = these.topk(size).values
-        shares = (ordered - total[rows]).exp()
+    total = logits.logsumexp(dim=-1, keepdim=True)
+    for size in (min(LIKELY, logits.shape[1]), logits.shape[1]):
+        ordered = logits.topk(size).values
+        shares = (ordered - total).exp()
         kept = shares.cumsum(dim=-1) - shares < top_p
         kept[:, 0] = True  # of a row without a distribution too, which `sample` will refuse
-        count[rows] = kept.sum(dim=-1, keepdim=True)
-        last[rows] = ordered.gather(1, count[rows] - 1)
-        if size == vocab:
+        if not kept[:, -1].any():
             break
-        rows, these = rows[kept[:, -1]], these[kept[:, -1]]
-    stays = logits >= last
+    count = kept.sum(dim=-1, keepdim=True)
+    stays = logits >= ordered.gather(1, count - 1)
     if (stays.sum(dim=-1, keepdim=True) > count).any():  # more tokens equal the last than there is room for
+        last = ordered.gather(1, count - 1)
         above, equal = logits > last, logits == last
         stays = above | equal & (equal.cumsum(dim=-1) <= count - above.sum(dim=-1, keepdim=True))
     return logits.masked_fill(~stays, -torch.inf)
@@ -90,7 +86,7 @@ def sample(logits: Tensor, noise: np.ndarray | None, temperature: float, top_k: 
         if temperature == 0:
             check_finite(largest)
             return where[:, 0]
-        logits = (logits - largest) / temperature  # at most 0: a small temperature cannot overflow
+        logits = (logits - largest) / max(temperature, 1e-30)  # at most 0, so it cannot overflow; float32 has no 1e-46
     cumulative = truncate(logits, top_k, top_p).softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
     total = cumulative[:, -1:]
     check_finite(total)

@@ -65,7 +65,7 @@ class Tokenizer:
         # A chat model's tokenizer names the token that ends a turn; other models' may name one they never learnt.
         own = () if end is None or (declared and self._template is None) else (end,)
         self.eos_ids = tuple(sorted({*declared, *own}))
-        self._ending: dict[tuple[str, ...], np.ndarray] = {}
+        self._ending: dict[tuple[tuple[str, ...], int], np.ndarray] = {}
         self.end_id = end if end in self.eos_ids else next(iter(declared), None)
         prepends = config.get("add_bos_token")
         self.bos_id = model.bos if prepends is None else self._id("bos_token") if prepends else None
@@ -92,18 +92,19 @@ class Tokenizer:
                 raise InputError(f"{self.folder}: token ids must lie between 0 and {self.vocab_size - 1}")
         return self.model.decode([list(ids) for ids in batch])
 
-    def may_end(self, stop: tuple[str, ...]) -> np.ndarray:
-        """bool [vocab_size + 1]: ids behind which a text that lacked all `stop` strings may hold one. The last place is for ids
-        beyond the vocabulary, which have no text."""
-        if stop not in self._ending:
-            ending = np.zeros(self.vocab_size + 1, dtype=bool)
+    def may_end(self, stop: tuple[str, ...], most: int) -> np.ndarray:
+        """bool [ids + 1], ids below `most` alone: behind which a text that lacked all `stop` strings may hold one. The last place
+        is for ids beyond the vocabulary, which have no text."""
+        if (stop, most) not in self._ending:
+            size = min(self.vocab_size, most)  # a damaged file's ids may be of any size
+            ending = np.zeros(size + 1, dtype=bool)
             # Twice, as some tokenizers take a space off the front; a replacement character is a part of a character.
-            texts = self.decode_batch([[id, id] for id in range(self.vocab_size)])
+            texts = self.decode_batch([[id, id] for id in range(size)])
             ends = {"\ufffd", *(s[-1] for s in stop)}
             anything = any("\ufffd" in s for s in stop)
             ending[:-1] = [anything or not ends.isdisjoint(text) for text in texts]
-            self._ending[stop] = ending
-        return self._ending[stop]
+            self._ending[stop, most] = ending
+        return self._ending[stop, most]
 
     def chat(
         self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True, **variables: Any
@@ -193,8 +194,12 @@ class _Json(_Model):
         try:
             _check_merges(spec)
             self.full = tokenizers.Tokenizer.from_str(json.dumps(spec))
-            named = {name for key in NAMED if (name := _content(config.get(key))) is not None}
-            self.full.add_special_tokens(sorted(name for name in named if self.full.token_to_id(name) is not None))
+            names = read_object(path.with_name("special_tokens_map.json")) | config
+            decoder = config.get("added_tokens_decoder")
+            entries = decoder.values() if isinstance(decoder, dict) else ()
+            flagged = [entry for entry in entries if isinstance(entry, dict) and entry.get("special") is True]
+            special = {text for token in [*map(names.get, NAMED), *flagged] if (text := _content(token)) is not None}
+            self.full.add_special_tokens(sorted(text for text in special if self.full.token_to_id(text) is not None))
             self.full.no_truncation()
             self.full.no_padding()
             self.added = {

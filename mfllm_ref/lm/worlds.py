@@ -34,7 +34,7 @@ class World:
 class Prefixes:
     """Per layer, keys and values [worlds, kv_heads, longest, head_dim]; lengths int32 [worlds], on the CPU.
 
-    On a CPU, but in float32, keys lie in memory with head_dim before `longest`: products with a slice of them are then twice
+    On a CPU, except in float32, keys lie in memory with head_dim before `longest`: products with a slice of them are then twice
     as fast."""
 
     k: list[Tensor]
@@ -70,7 +70,7 @@ def _laid(keys: list[Tensor]) -> list[Tensor]:
     return [k.mT.contiguous().mT if k.device.type == "cpu" and k.dtype != torch.float32 else k for k in keys]
 
 
-class Attention:
+class SharedAttention:
     """agent_attention with all that is the same in every layer; one index plan for each width of sliding window."""
 
     def __init__(
@@ -96,9 +96,9 @@ class Attention:
 
 
 def grain(count: int, weight: Tensor) -> int:
-    """Of what about `count` rows or keys should come in multiples, so that few numbers of them occur where each costs: for every
-    shape of a product in bfloat16 oneDNN makes code on a CPU, half a millisecond and over half a megabyte, and rollouts have
-    ever new lengths."""
+    """What about `count` rows or keys are rounded up to a multiple of. On a CPU oneDNN compiles code for every shape of a bfloat16
+    product that it has not seen (half a millisecond and over half a megabyte each), and rollouts have ever new lengths; elsewhere
+    nothing is rounded (1)."""
     if weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
         return 1
     return GRAINS[count > LONG]
@@ -255,13 +255,13 @@ def run_suffixes(
         near = slice(int(of[0]), int(of[-1]) + 1)
         local = Prefixes([k[near] for k in prefixes.k], [v[near] for v in prefixes.v], prefixes.lengths[near])
         whole, part = (
-            Attention(backbone, local, packing.lengths, of - of[0], queries.longest, packing.longest)
+            SharedAttention(backbone, local, packing.lengths, of - of[0], queries.longest, packing.longest)
             for queries in (packing, tail)
         )
 
         def attend(
             layer: int, q: Tensor, k: Tensor, v: Tensor, some: slice = some, keys: Packing = packing,
-            tail: Packing = tail, whole: Attention = whole, part: Attention = part,
+            tail: Packing = tail, whole: SharedAttention = whole, part: SharedAttention = part,
         ) -> Tensor:  # fmt: skip
             k, v = keys.pad(k, keys.left), keys.pad(v, keys.left)
             if store is not None:
@@ -303,8 +303,8 @@ class Step:
     """Feeds one token to every agent: what a decode step needs beside the backbone. Caches [layers, agents, kv_heads, slots,
     head_dim] are written in place; world [agents], non-decreasing.
 
-    lengths: the agents' suffixes' with this token. planned: lengths that attention is laid out for, if others; where Triton
-    computes it, it reads the true ones from a tensor, which `advance` moves on.
+    lengths: of the agents' suffixes, this token included. planned: longer ones that attention is laid out for instead, where Triton
+    reads the true lengths from a tensor that `advance` moves on.
     """
 
     def __init__(
@@ -314,7 +314,7 @@ class Step:
         _, agents, kv_heads, slots, self.head_dim = cache_k.shape
         self.backbone, self.caches, device = backbone, (cache_k, cache_v), cache_k.device
         # All slots, also the unused ones: products of whole tensors are up to 7 times as fast as those of slices.
-        self.attention = Attention(backbone, prefixes, lengths if planned is None else planned, world, 1, slots)
+        self.attention = SharedAttention(backbone, prefixes, lengths if planned is None else planned, world, 1, slots)
         row = np.arange(agents * kv_heads).reshape(agents, -1) * slots + lengths[:, None] - 1  # in [.., head_dim]
         self.row = torch.from_numpy(row.ravel()).to(device)
         self.positions = torch.from_numpy(prefixes.lengths.numpy()[world] + lengths - 1).to(device)[:, None]

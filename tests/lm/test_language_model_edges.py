@@ -42,6 +42,30 @@ def test_no_nan_leaves_silently(folder):
         lm.generate(["a", "b"], 2)
     with pytest.raises(FloatingPointError):
         lm.log_prob(["a", "b"], ["c", ""])
+    with pytest.raises(FloatingPointError):
+        lm.ib_terms(["a"], [[5]], ["b"])
+
+
+def test_ids_beyond_the_backbones_are_of_no_account(folder, lm, tmp_path):
+    """A damaged tokenizer.json that gives a word the id four billion: text with a stop string is written all the same, without a
+    table of four billion places."""
+    for file in folder["llama"].iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    spec = json.loads((tmp_path / "tokenizer.json").read_text())
+    spec["model"]["vocab"]["zzzz"] = 4 * 10**9
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    damaged = LanguageModel.load(tmp_path)
+    assert damaged.tokenizer.vocab_size > 4 * 10**9
+    assert damaged.generate(["the rumor"], 4, stop=("\n",)) == LanguageModel.load(folder["llama"]).generate(["the rumor"], 4, stop=("\n",))
+
+
+def test_what_the_informations_terms_refuse(lm):
+    for some in (([], [], []), (["a", "b"], [[5]], ["c", "d"]), (["a"], [[5]], [])):
+        with pytest.raises(InputError, match="as many of each"):
+            lm.ib_terms(*some)
+    lm.add_adapter("of the head", targets=["lm_head"])
+    with lm.adapter("of the head"), pytest.raises(InputError, match="adapts lm_head"):
+        lm.ib_terms(["a"], [[5]], ["b"])
 
 
 def test_nothing_to_do(lm):

@@ -63,6 +63,11 @@ def test_a_row_without_a_distribution_is_an_error(row, options):
         sample(torch.tensor([[0.0, 1.0], row]), np.array([0.5, 0.5]), **options)
 
 
+def test_a_temperature_of_nearly_0_is_greedy():
+    logits = torch.tensor([[0.0, 2.0, 1.0], [-3.0, -5.0, -4.0]])
+    assert sample(logits, np.array([0.01, 0.99]), temperature=1e-46).tolist() == [1, 0]
+
+
 def test_no_small_seed_has_a_peculiar_noise():
     """Over all small seeds and positions the noise never repeats, is never 0 and is uniform, in rows and in columns."""
     noise = np.array([uniforms(hash_seeds(range(500)), position) for position in range(64)])

@@ -2,6 +2,7 @@
 
 import io
 import json
+import signal
 from functools import cache
 
 import pytest
@@ -130,6 +131,25 @@ def test_text_encodes_and_decodes_as_in_transformers(kind, tmp_path):
     assert ours.bos_id == (1 if theirs("x").input_ids[0] == 1 else None)
 
 
+@pytest.mark.parametrize("where", ["tokenizer_config.json", "special_tokens_map.json", "added_tokens_decoder"])
+def test_special_tokens_are_left_out_wherever_a_checkpoint_names_them(where, tmp_path):
+    flags = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
+    spec = json.loads(trained("qwen"))
+    id = max(token["id"] for token in spec["added_tokens"]) + 10**4
+    spec["added_tokens"].append({"id": id, "content": "<pad>", "special": False, **flags})
+    named = {"pad_token": "<pad>"} if where == "tokenizer_config.json" else {}
+    if where == "added_tokens_decoder":
+        named[where] = {str(id): {"content": "<pad>", "special": True, **flags}}
+    write(tmp_path, "qwen", **named)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    if where == "special_tokens_map.json":
+        (tmp_path / where).write_text(json.dumps({"pad_token": "<pad>"}))
+    ours, theirs = Tokenizer.load(tmp_path), transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    id = ours.model.id("<pad>")
+    ids = [*ours.encode("a"), id, *ours.encode("b")]
+    assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True) == "ab"
+
+
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory):
     return {kind: Tokenizer.load(write(tmp_path_factory.mktemp(kind), kind)) for kind in JSON_KINDS}
@@ -145,7 +165,7 @@ def test_what_ends_a_text_is_known_by_its_last_token(kind, data, loaded):
     texts = [tokenizer.decode(ids[:n]) for n in range(len(ids) + 1)]
     start = data.draw(st.integers(0, max(0, len(texts[-1]) - 1)))
     stop = (texts[-1][start : start + data.draw(st.integers(1, 3))] or "a", "\n")
-    ending = tokenizer.may_end(stop)
+    ending = tokenizer.may_end(stop, tokenizer.vocab_size)
     assert not ending[-1] and ("\ufffd" in stop[0] or not ending.all())
     for before, after, id in zip(texts, texts[1:], ids):
         if not any(s in before for s in stop) and any(s in after for s in stop):
@@ -293,11 +313,30 @@ def test_bad_chats_are_refused(messages, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "template", [None, "{% for", "{{ ''.__class__.x }}", "{{ messages.append(1) }}", "{{ 1 / 0 }}"]
+    "template",
+    [None, "{% for", "{{ ''.__class__.x }}", "{{ messages.append(1) }}", "{{ 1 / 0 }}", "{{ 'ab ' * 1000000 }}"],
 )
 def test_a_missing_broken_or_unsafe_template_is_an_input_error(template, tmp_path):
     with pytest.raises(InputError, match="template"):
         Tokenizer.load(write(tmp_path, "qwen", template)).chat(CHATS[0])
+
+
+def test_a_chat_that_was_interrupted_leaves_no_answer_for_the_next(tmp_path):
+    slow = "{% for i in range(9999) %}{% for j in range(9999) %}{% if j == i %}x{% endif %}{% endfor %}{% endfor %}"
+    slow, fast = (Tokenizer.load(write(tmp_path / name, "qwen", template)) for name, template in (("a", slow), ("b", QWEN)))
+    expected = fast.chat(CHATS[0])
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    earlier = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            slow.chat(CHATS[1])
+    finally:
+        signal.signal(signal.SIGALRM, earlier)
+    assert fast.chat(CHATS[0]) == expected
 
 
 def test_end_of_text_ids(tmp_path):
