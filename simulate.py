@@ -16,8 +16,8 @@ from mfllm_ref import doors
 
 EPILOG = """\
 It writes to --out: report.png (look at this first), metrics.json (every number of the table it prints, and more),
-trajectory.jsonl (each action, simulated and real, with its labels), mean_field.jsonl (the summaries of the population)
-and run.json (what made all this). Ctrl-C is safe: the same command with --out and --resume goes on.
+trajectory.jsonl (each action, simulated and real, with its labels), mean_field.jsonl (the summaries of the population),
+likelihood.jsonl (that of the real actions) and run.json (what made all this). Ctrl-C is safe: the same command with --out and --resume goes on.
 Exit codes: 0 done, 2 bad input, 130 interrupted."""
 
 
@@ -85,7 +85,7 @@ def main() -> None:
     tokens = (args.action_tokens, args.summary_tokens)
     agents = args.agents or (simulation.BUILT_IN_AGENTS if args.data is None else None)
     half_life = doors.half_life(args)
-    settings = Settings(agents, args.batch, args.warmup, args.seed, *tokens, args.chat, args.summary_top_p, half_life)
+    settings = Settings(agents, args.batch, args.warmup, *tokens, args.chat, args.summary_top_p, half_life)
     for event in events:
         horizon(event, settings)  # refuses a warm-up that leaves nothing to simulate
     intervention = simulation.read_intervention(args.intervene, events, settings) if args.intervene else None
@@ -109,7 +109,7 @@ def main() -> None:
     record = {
         "settings": {
             "command": "simulate.py", "events": [event.id for event in events], "methods": [m.name for m in methods],
-            **dataclasses.asdict(settings), "seeds": args.seeds, "intervene": args.intervene is not None,
+            **dataclasses.asdict(settings), "seed": args.seed, "seeds": args.seeds, "intervene": args.intervene is not None,
             "annotator": args.annotator, "device": device.type, "dtype": str(dtype).removeprefix("torch."),
             "threads": threads, "shard": args.shard,
         },

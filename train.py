@@ -199,9 +199,9 @@ def tuning(args: argparse.Namespace, data: Path | None, out: Path, common: dict)
             print(report.slope_table(result["response"]))
         if {job.name for job in todo} >= {"mean-field", "policy"}:
             # short, as the default has ten minutes in all
-            plan = rollout.Settings(150, args.batch, 50, args.seed, summary_tokens=args.summary_tokens,
+            plan = rollout.Settings(150, args.batch, 50, summary_tokens=args.summary_tokens,
                                     summary_top_p=args.summary_top_p, half_life=common["half_life"])  # fmt: skip
-            measured = tuning.compare(lm, dev, annotate, ("state", "persistence", "mf-llm-no-ib", "mf-llm"), plan)
+            measured = tuning.compare(lm, dev, annotate, ("state", "persistence", "mf-llm-no-ib", "mf-llm"), args.seed, plan)
             if measured:
                 print(report.table(measured))
                 result["kl"] = {name: entry["kl"]["mean"] for name, entry in measured["methods"].items()}

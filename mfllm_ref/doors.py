@@ -1,4 +1,4 @@
-"""What both doors share: common options, the choice of device, and exit codes (DESIGN section 3)."""
+"""What both doors share: common options, the choice of device, and exit codes."""
 
 import argparse
 import os
@@ -64,7 +64,7 @@ def whole(least: int, most: int) -> Callable[[str], int]:
 natural, positive = whole(0, 2**62), whole(1, 2**62)
 
 
-def share(text: str) -> float:
+def fraction(text: str) -> float:
     """An argparse type: a number above 0, at most 1."""
     if not 0 < (value := float(text)) <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
@@ -73,9 +73,8 @@ def share(text: str) -> float:
 
 def add_half_life(parser: argparse._ActionsContainer) -> None:
     """How long a population remembers, to both doors alike."""
-    parser.add_argument("--half-life", type=positive, metavar="N", help="actions after which one counts half in the shares of "
-                        "the population, those that pretraining's summaries tell too (default: that of the backbone's "
-                        f"pretraining where it was done here, else {HALF_LIFE})")  # fmt: skip
+    parser.add_argument("--half-life", type=positive, metavar="N", help="half-life, in actions, of the population's label "
+                        f"shares (default: that of the backbone's pretraining where it was done here, else {HALF_LIFE})")  # fmt: skip
 
 
 def half_life(args: argparse.Namespace) -> int:
@@ -95,7 +94,7 @@ def add_summaries(parser: argparse._ActionsContainer) -> None:
     """How summaries of the population are written, to both doors alike."""
     parser.add_argument("--summary-tokens", type=positive, default=120, metavar="N", help="longest summary of the population "
                         "(default: 120)")  # fmt: skip
-    parser.add_argument("--summary-top-p", type=share, default=SUMMARY_TOP_P, metavar="P", help="draw a summary's tokens "
+    parser.add_argument("--summary-top-p", type=fraction, default=SUMMARY_TOP_P, metavar="P", help="draw a summary's tokens "
                         f"from the likeliest that have this probability (default: {SUMMARY_TOP_P}; 1: from all)")  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""IB-Tune: the information-bottleneck fine-tuning of the mean-field model and of the policy (DESIGN section 1).
+"""IB-Tune: the information-bottleneck fine-tuning of the mean-field model and of the policy (README, IB-Tune).
 
 From min I(m; X, c) - beta I(m; Y), with the usual variational bounds:
 

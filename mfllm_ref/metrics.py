@@ -1,4 +1,4 @@
-"""Numbers about label distributions and label trajectories (DESIGN section 6). numpy only; knows no language model.
+"""Numbers about label distributions and label trajectories (README, What it measures). numpy only; knows no language model.
 
 Notable: the contract functions come first and check what they are given; everything after them works on counts of all
 dimensions at once, the label axis padded to the longest dimension (padding counts nothing, and no smoothing reaches
@@ -171,7 +171,7 @@ def encode(labels: Iterable[Mapping[str, str]]) -> np.ndarray:
 
 
 def collect(rows: Iterable[Mapping]) -> Worlds:
-    """The rollout labels of trajectory rows (DESIGN section 3), which are read once and may come in any order.
+    """The rollout labels of trajectory rows, which are read once and may come in any order.
 
     ValueError for a label that does not exist or an action that occurs twice.
     """
@@ -272,7 +272,7 @@ def evaluate(
     floors: Mapping[str, np.ndarray] = {},
     nll: Mapping[str, float] = {},
 ) -> dict:
-    """What metrics.json holds (DESIGN section 3), from what `collect` made of trajectory rows.
+    """What metrics.json holds, from what `collect` made of trajectory rows.
 
     domains: event id -> domain. floors: event id -> KL [dimensions] where the true process is known (`kl_between`);
     other events get the split-half floor. nll: method -> nats per token. Every method is scored on the events that all

@@ -283,7 +283,7 @@ def corpora(events: Sequence[Event] | None, batch: int, half_life: float = HALF_
     half_life: actions, of the population that signals and summaries tell of.
 
     A fifth of agora's documents carry another event's signal: its backbone reads signals as a general model would,
-    uncalibrated to that world (DESIGN section 7).
+    uncalibrated to that world.
     """
     annotate = RuleAnnotator()
     if events is None:

@@ -116,7 +116,7 @@ def gather(value: Any) -> list[Any]:
     return out
 
 
-def share(costs: Sequence[float]) -> list[int]:
+def owners(costs: Sequence[float]) -> list[int]:
     """The rank that computes each part: dear ones first, each to who has least to do. A function of its argument."""
     load, owner = [0.0] * _size, [0] * len(costs)
     for part in sorted(range(len(costs)), key=lambda part: -costs[part]):
@@ -126,13 +126,13 @@ def share(costs: Sequence[float]) -> list[int]:
 
 
 def compute(work: Callable[[Part], Result], parts: Sequence[Part], costs: Sequence[float]) -> list[Result]:
-    """[work(part) for part in parts], by all ranks together. Results must be of the CPU. Bad input and numbers that are not
-    finite are raised by every rank, those of the first part that has them."""
+    """[work(part) for part in parts], by all ranks together. Results must be of the CPU. An InputError or FloatingPointError in
+    any part is raised on every rank: that of the first such part."""
     if not sharing():
         return [work(part) for part in parts]
     mine: dict[int, Result] = {}
     failed: dict[int, Exception] = {}
-    for number, owner in enumerate(share(costs)):
+    for number, owner in enumerate(owners(costs)):
         if owner == _rank and not failed:
             try:
                 mine[number] = work(parts[number])
@@ -158,7 +158,7 @@ def add_gradients(
     import torch.distributed as dist
 
     sizes = [p.numel() for p in parameters]
-    for number, owner in enumerate(share(costs)):
+    for number, owner in enumerate(owners(costs)):
         flat = torch.cat([g.flatten() for g in made[number]]) if owner == _rank else parameters[0].new_empty(sum(sizes))
         with _together():
             dist.broadcast(flat, owner)

@@ -23,15 +23,15 @@ _FAMILIES = {  # the longest matching name decides
     "state": "#56B4E9", "sft": "#56B4E9", "recent": "#009E73", "popular": "#E69F00", "persistence": "#8C8C8C",
     "empirical": "#CC79A7", "mf-llm": "#D55E00", "mf-llm-no-ib": "#0072B2",
 }  # fmt: skip
-_DASHES = {"sft": (0, (5, 2)), "-sft": (0, (5, 2)), "-policy": (0, (3, 1, 1, 1)), "-mf": (0, (1, 1))}
-_FALLBACK = "#332288"
+LOSSES = {"loss": "#0072B2", "dev_loss": "#D55E00"}  # of a training log, and their colours
+_DASHES = {"sft": (0, (5, 2)), "-policy": (0, (3, 1, 1, 1)), "-mf": (0, (1, 1))}
 
 
 def _style(method: str) -> dict:
     family = max((name for name in _FAMILIES if method.startswith(name)), key=len, default="")
     dashes = next((dash for ending, dash in _DASHES.items() if method.endswith(ending)), "-")
     width = 2.4 if method == OURS else 1.3
-    return {"color": _FAMILIES.get(family, _FALLBACK), "linestyle": dashes, "linewidth": width}
+    return {"color": _FAMILIES.get(family, "#332288"), "linestyle": dashes, "linewidth": width}
 
 
 # ---- the table -----------------------------------------------------------------------------------------------------
@@ -53,7 +53,7 @@ def markdown(rows: Sequence[Sequence[object]]) -> str:
 
 
 def table(metrics: Mapping) -> str:
-    """The measures of DESIGN section 6 by method (what metrics.json holds) as plain text, at most 100 columns.
+    """The measures by method (what metrics.json holds) as plain text, at most 100 columns.
 
     Means over dimensions; KL and its floor in nats, nll in nats a token.
     """
@@ -76,14 +76,14 @@ def table(metrics: Mapping) -> str:
     return "\n".join(lines)
 
 
-def effect_table(intervention: Mapping, dimension: str = "stance") -> str:
-    """What an intervention changed in one dimension's shares, by method and in the true process, as plain text."""
-    rows = [[f"change of {dimension}", *LABELS[dimension]]]
+def effect_table(intervention: Mapping) -> str:
+    """What an intervention changed in the shares of stances, by method and in the true process, as plain text."""
+    rows = [["change of stance", *LABELS["stance"]]]
     effects = dict(intervention["effect"])
     if intervention["true_effect"] is not None:
         effects["true process"] = intervention["true_effect"]
     for name, effect in effects.items():
-        rows.append([name, *(f"{100 * value:+.1f}" for value in effect[dimension].values())])
+        rows.append([name, *(f"{100 * value:+.1f}" for value in effect["stance"].values())])
     return "\n".join(["", *_aligned(rows), f"percentage points, from step {intervention['from_step']} on"])
 
 
@@ -198,16 +198,16 @@ def figure(worlds: Worlds, metrics: Mapping, path: Path) -> None:
 # ---- training ------------------------------------------------------------------------------------------------------
 
 
-def loss_curve(rows: Iterable[Mapping], path: Path, keys: Sequence[str] = ("loss", "dev_loss")) -> None:
-    """Write the curves of a training log as PNG: one panel a `stage`, its `keys` against `step`, each on its own scale.
+def loss_curve(rows: Iterable[Mapping], path: Path) -> None:
+    """Write the losses of a training log as PNG: one panel a `stage`, "loss" and "dev_loss" against `step`, each on its own scale.
 
-    rows: of log.jsonl, each with "step", optionally "stage", and those of `keys` it has; others, nulls and rows without a
+    rows: of log.jsonl, each with "step", optionally "stage", and those of the losses it has; others, nulls and rows without a
     step are passed over. A key with many points is drawn faintly, with its running median on top. An empty log is an empty picture.
     """
     stages: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for row in (row for row in rows if "step" in row):
         curves = stages.setdefault(str(row.get("stage", "training")), {})
-        for key in keys:
+        for key in LOSSES:
             if row.get(key) is not None:
                 curves.setdefault(key, []).append((row["step"], row[key]))
     with matplotlib.style.context("default"):
@@ -220,7 +220,7 @@ def loss_curve(rows: Iterable[Mapping], path: Path, keys: Sequence[str] = ("loss
             for number, (key, points) in enumerate(curves.items()):
                 # each key has a scale of its own: other data, which may be harder, and much less noise
                 axis = panel.twinx() if number else panel
-                colour = list(_FAMILIES.values())[-1 - list(keys).index(key) % len(_FAMILIES)]
+                colour = LOSSES[key]
                 steps, values = np.array(points, dtype=float).T
                 span = len(values) // 20
                 middle = [np.median(values[max(0, k - span) : k + span + 1]) for k in range(len(values))]

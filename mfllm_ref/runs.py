@@ -142,7 +142,8 @@ def sha256(path: Path) -> str:
         if not path.is_dir():
             with open(path, "rb") as file:
                 return hashlib.file_digest(file, "sha256").hexdigest()
-        names = sorted(below.relative_to(path).as_posix() for below in path.rglob("*") if below.is_file())
+        below = (Path(folder, name) for folder, _, files in os.walk(path, followlinks=True) for name in files)
+        names = sorted(file.relative_to(path).as_posix() for file in below if file.is_file())
     whole = hashlib.sha256()
     for name in names:
         whole.update(os.fsencode(name) + b"\0" + sha256(path / name).encode() + b"\n")
@@ -153,19 +154,14 @@ def _git() -> dict[str, str | bool] | None:
     """The revision of the checkout this code runs from; None where it is not tracked in one, or git is not there."""
     here = Path(__file__).resolve()
 
-    def git(*arguments: str) -> str | None:
-        try:
-            command = ["git", "-C", str(here.parent), *arguments]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=20)
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(here.parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
 
-    # An installed copy may lie inside some other project's checkout, whose revision would say nothing.
-    if git("ls-files", "--error-unmatch", here.name) is None:
-        return None
-    revision, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
-    return None if revision is None or changes is None else {"revision": revision, "dirty": bool(changes)}
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        git("ls-files", "--error-unmatch", here.name)  # an installed copy may lie in some other project's checkout
+        return {"revision": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
+    return None
 
 
 def provenance(inputs: Mapping[str, Path]) -> dict:
@@ -194,10 +190,8 @@ def _now() -> str:
 
 
 def default_out() -> Path:
-    """A new place for a run: runs/<time>, with a number behind it where that is taken."""
-    base = Path("runs") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    names = (f"{base.name}-{k}" if k > 1 else base.name for k in itertools.count(1))
-    return ranks.gather(next(path for path in map(base.with_name, names) if not path.exists()))[0]
+    """A new place for a run: runs/<time>, to the microsecond, so that two runs begun together have two places."""
+    return ranks.gather(Path("runs") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S.%f"))[0]
 
 
 class Run:
@@ -265,8 +259,8 @@ def open_run(out: Path, record: Mapping, resume: bool = False) -> Iterator[Run]:
     """Hold the folder `out` for one run and record what it is; a new `Run`, or the earlier one when resuming.
 
     record: what run.json says, with "settings" and "sha256" (mappings; on resuming they must be the earlier run's). An
-    absent or empty folder starts anew, with `resume` or without. Left by an exception, run.json says "interrupted" and
-    the folder can be resumed: Ctrl-C has a note that says how. InputError, in one line: another process writes there, the folder
+    absent or empty folder starts anew, with `resume` or without. If an exception ends it, run.json says "interrupted" and
+    the folder can be resumed; on Ctrl-C the message says how. InputError, in one line: another process writes there, the folder
     is not empty (without `resume`), holds something else or a run of other settings, or the disk refuses. Of several processes
     rank 0 holds the folder; the others take the same path and write nothing.
     """

@@ -54,7 +54,7 @@ def rollout(args: argparse.Namespace) -> dict[str, float]:
     (agents,), (count,) = args.agents, args.worlds
     event, method = long_event(agents), METHODS["mf-llm-no-ib"]
     worlds = [World(event, method, args.seed + k) for k in range(count)]
-    settings = Settings(None, args.batch, 0, args.seed, args.new, args.summary)
+    settings = Settings(batch=args.batch, warmup=0, action_tokens=args.new, summary_tokens=args.summary)
     loaded = peak_memory()
     with tempfile.TemporaryDirectory() as folder, runs.open_run(Path(folder), {"settings": {}, "sha256": {}}) as run:
         common = (lm, worlds, settings, RuleAnnotator(), None)

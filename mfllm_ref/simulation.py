@@ -86,7 +86,7 @@ def choose_methods(names: str | None, adapters: Mapping[str, Path], warmup: int)
 
 
 def read_intervention(path: Path, events: Sequence[Event], settings: Settings) -> dict[int, list[tuple[str, str]]]:
-    """Inserted actions by step, (profile, text) each, from the JSON of DESIGN section 3. InputError names the fault."""
+    """Inserted actions by step, (profile, text) each, from a JSON file (README, Your own events and models). InputError names the fault."""
     items = read_json(path)
     if not isinstance(items, list) or not items:
         raise InputError(f'{path}: must be a list of {{"step", "actions"}}, with at least one')
@@ -119,10 +119,9 @@ def roll_out(
     """
     names = [f"trajectory{suffix}.jsonl", f"mean_field{suffix}.jsonl", *(["likelihood.jsonl"] if likelihood else [])]
     files = [run.lines(name) for name in names]
-    counts = tuple([file.count for file in files] + [0] * (3 - len(files)))
-    for file, count in zip(files, complete_steps(worlds, settings, counts, likelihood)[1]):
-        file.keep(count)
     done = Rows(*files)  # read from the disk as they are replayed
+    for file, count in zip(files, complete_steps(worlds, settings, done.counts(), likelihood)[1]):
+        file.keep(count)
     written, started = 0, time.perf_counter()
     total = sum(horizon(w.event, settings) - settings.warmup for w in worlds if not w.method.resamples)
     with tqdm(total=total, initial=_spoken(done.trajectory), unit="action", disable=not progress, smoothing=0) as bar:

@@ -272,13 +272,14 @@ def slopes(curves: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, dic
 
 
 def compare(
-    lm: LanguageModel, dev: Sequence[Past], annotate: Annotator, methods: Sequence[str], settings: rollout.Settings
+    lm: LanguageModel, dev: Sequence[Past], annotate: Annotator, methods: Sequence[str], seed: int,
+    settings: rollout.Settings,
 ) -> dict:  # fmt: skip
     """`metrics.evaluate` of a few held-out events under `methods`: the table before and after."""
     events = [past.event for past in dev if len(past.event.actions) > settings.warmup + 50][:SHOWN]
     if not events:
         return {}
-    worlds = [rollout.World(event, METHODS[name], settings.seed) for event in events for name in methods]
+    worlds = [rollout.World(event, METHODS[name], seed) for event in events for name in methods]
     rows: Iterator[dict] = (row for step in rollout.rollout(lm, worlds, settings, annotate) for row in step.trajectory)
     return metrics.evaluate(metrics.collect(rows), {event.id: event.domain for event in events})
 

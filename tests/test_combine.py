@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from mfllm_ref import combine, doors, metrics
+from mfllm_ref.errors import InputError
 from mfllm_ref.society.events import DIMENSIONS
 
 EVENTS = ("a", "b", "c")
@@ -89,13 +90,36 @@ def test_runs_without_a_common_event_add_their_events(tmp_path):
     assert combine.headline(whole).splitlines()[0] == "2 of 3 events left out: not every method has them"
 
 
+def test_a_damaged_line_of_a_finished_run_is_named(tmp_path):
+    """A line that was cut is the end of an interrupted run; a finished one must not lose what stands behind it."""
+    folder, _ = make_run(tmp_path / "one", 1)
+    lines = (folder / "trajectory.jsonl").read_text().splitlines()
+    (folder / "trajectory.jsonl").write_text("\n".join([*lines[:9], lines[9][:-1], *lines[10:]]) + "\n")
+    with pytest.raises(InputError, match="trajectory.jsonl:10: "):
+        combine.combine([folder])
+
+
+def test_a_table_without_a_mean_has_dashes(tmp_path):
+    """Where no dimension varies there is no mean: no number, and no error."""
+    folder, own = make_run(tmp_path / "one", 1)
+    rows = [json.loads(line) for line in (folder / "trajectory.jsonl").read_text().splitlines()]
+    alike = {name: labels[0] for name, labels in DIMENSIONS.items()}
+    rows = [row | {"labels": alike, "real_labels": alike} for row in rows]
+    (folder / "trajectory.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own = metrics.evaluate(metrics.collect(rows), dict.fromkeys(EVENTS, "news"))
+    (folder / "metrics.json").write_text(json.dumps(own))
+    whole, by_run = combine.combine([folder])
+    assert own["methods"]["mf-llm"]["kl"]["mean"] is None
+    assert "| `mf-llm` | – |" in combine.table(whole, by_run) and "below" not in combine.headline(whole)
+
+
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
         ({"status": "interrupted"}, "not a finished run"),
         ({"settings": {"command": "train.py"}}, "not a run of simulate.py"),
         ({"settings": {"command": "simulate.py", "events": ["a"], "agents": 60, "batch": 10, "warmup": 0}}, "shares some of its events with"),
-        ({"settings": {"command": "simulate.py", "events": EVENTS, "agents": 61}}, "its agents are not those of"),
+        ({"settings": {"command": "simulate.py", "events": EVENTS, "agents": 61}}, "its agents is not that of"),
     ],
 )
 def test_what_cannot_be_compared_is_one_line(damage, said, tmp_path, monkeypatch, capsys):

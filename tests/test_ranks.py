@@ -204,5 +204,5 @@ def test_ctrl_c_ends_both_and_can_be_resumed(server, start, run, cases, tmp_path
 
 def test_shares_cover_all_parts_and_are_even(monkeypatch):
     monkeypatch.setattr(ranks, "_size", 3)
-    owners = ranks.share([5.0, 1.0, 1.0, 1.0, 4.0, 1.0])
-    assert sorted(owners) == [0, 1, 2, 2, 2, 2] and ranks.share([]) == []
+    owners = ranks.owners([5.0, 1.0, 1.0, 1.0, 4.0, 1.0])
+    assert sorted(owners) == [0, 1, 2, 2, 2, 2] and ranks.owners([]) == []

@@ -221,14 +221,8 @@ def test_a_kill_before_the_record_leaves_an_empty_folder(tmp_path):
 
 def test_default_out_is_a_new_place(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    first = runs.default_out()
-    assert first.parts[0] == "runs" and not first.exists()
-    places = set()
-    for _ in range(3):
-        place = runs.default_out()
-        place.mkdir(parents=True)
-        places.add(place)
-    assert len(places) == 3
+    places = [runs.default_out() for _ in range(3)]  # none of them made yet, as when runs begin together
+    assert len(set(places)) == 3 and all(place.parts[0] == "runs" and not place.exists() for place in places)
 
 
 # ---- provenance
@@ -244,6 +238,10 @@ def test_sha256_is_that_of_the_bytes_and_of_the_names(tmp_path):
     assert sha256(tmp_path / "d") != whole
     (tmp_path / "d" / "c").rename(tmp_path / "d" / "a")
     assert sha256(tmp_path / "d") == whole
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "sub").symlink_to(tmp_path / "d" / "sub")
+    (tmp_path / "linked" / "a").symlink_to(tmp_path / "d" / "a")
+    assert sha256(tmp_path / "linked") == whole, "what links lead to counts as what stands there"
     with pytest.raises(InputError) as raised:
         sha256(tmp_path / "absent")
     one_line(raised, "absent")

@@ -1,6 +1,6 @@
 """Agora: a built-in world whose mean field is known, so that the floor and the true effect of an intervention are too.
 
-An agent's stance is a Brock-Durlauf discrete choice with social interaction (DESIGN section 7):
+An agent's stance is a Brock-Durlauf discrete choice with social interaction:
 
     P(stance | s, m, t) = softmax(u(s) + J m + h(t))
 

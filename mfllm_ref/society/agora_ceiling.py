@@ -138,13 +138,13 @@ def blind(event: Event, seed: int) -> list[Action]:
     """Each action sees the m of a population drawn at random among POPULATIONS that differ in their first opinion."""
     here, rng = agora.world_of(event), agora.generator(event.id, "blind", seed)
     opinion = rng.dirichlet(np.full(3, agora.CONSTANTS["first_opinion"]), size=POPULATIONS)
-    keep, actions = 2.0 ** (-UPDATE / here.half_life), []
+    keep, actions = agora.memory(here.half_life, UPDATE), []
     for start in range(0, len(event.actions), UPDATE):
         span = slice(start, start + UPDATE)
         p = agora.choice_probabilities(here.utility[None, span], here.coupling, here.field[span], opinion[:, None])
         stance = _drawn(p, rng)
         if start >= WARMUP:
-            for offset, who in enumerate(np.asarray(rng.integers(POPULATIONS, size=p.shape[1]))):
+            for offset, who in enumerate(rng.integers(POPULATIONS, size=p.shape[1])):
                 choice = int(stance[who, offset])
                 actions.append(agora.act(here, start + offset, choice, opinion[who], rng.random(NOISE)))
         shares = (stance[..., None] == np.arange(3)).mean(axis=1)

@@ -1,4 +1,4 @@
-"""What an action's own words say, one label a dimension (DESIGN section 6): rules and a lexicon, or a language model.
+"""What an action's own words say, one label a dimension: rules and a lexicon, or a language model.
 
 Notable: the lexicon is data (lexicon.json): classes of zh and en cues, an underscore for a space, `^` for a cue that
 counts only as the whole text. A class adds weights to a few axes (EFFECTS), a negation just before a cue turns them,
@@ -47,6 +47,7 @@ EFFECTS: dict[str, dict[str, float]] = {
     "report": {"subjective": -1, "stance": 0.4},  # who reports a claim as news stands behind it
     "opinion": {"subjective": 1},
     "emphasis": {"subjective": 0.5},
+    "emoticon": {"subjective": 0.5},  # one that the lexicon does not know
 }
 # What a negation leaves of a cue: stance and belief turn, a negated feeling is no feeling, a question stays one.
 NEGATED = {"tendency": -0.5, "stance": -1.0, "doubt": -1.0, "question": 1.0, "subjective": 1.0}
@@ -82,18 +83,14 @@ class _Rules:
                    for name, cues in data[language].items()}
         share = classes.pop("share")
         self.negations = frozenset(classes.pop("negation"))
-        self.effects: dict[str, dict[int, float]] = {cue: {} for cue in (*classes.pop("skip"), *self.negations)}
+        self.effects: dict[str, dict[str, float]] = {cue: {} for cue in (*classes.pop("skip"), *self.negations)}
         for name, cues in classes.items():
             for cue in cues:
                 self._add(cue, name)
                 if cue.endswith("?") and name != "question":  # the cue swallows its question mark
                     self._add(cue, "question")
-        for name in TOKENS:
-            if name in EFFECTS:
-                self._add("\0" + name, name)
-        self._add("\0emoticon", "emphasis")  # an unknown emoticon is at least an expression
         tokens = "|".join(f"(?P<{name}>{pattern})" for name, pattern in TOKENS.items())
-        literals = [cue for cue in self.effects if cue[0] not in "^\0["]
+        literals = [cue for cue in self.effects if cue[0] not in "^["]
         self.pattern = re.compile(f"{tokens}|{self._alternation(literals)}")
         # Possessive, so that a long text cannot make the matcher backtrack.
         own = "|".join((TOKENS["plug"], TOKENS["name"], self._alternation(share), f"[{re.escape(FILLER)}]"))
@@ -102,7 +99,7 @@ class _Rules:
     def _add(self, cue: str, name: str) -> None:
         axes = self.effects.setdefault(cue, {})
         for axis, weight in EFFECTS[name].items():
-            axes[AXES.index(axis)] = axes.get(AXES.index(axis), 0.0) + weight
+            axes[axis] = axes.get(axis, 0.0) + weight
 
     def _alternation(self, cues: Iterable[str]) -> str:
         """Longest first, grouped by first character so that the matcher tries few of the cues at each position."""
@@ -125,26 +122,23 @@ class _Rules:
         own = self.own_words(text).lower().translate(self.table)
         bare = own.strip("! ") or own  # "!!!" alone is a reaction
         share = bool(self.no_own_word.fullmatch(bare) or SHARED.match(own))
-        score = [0.0] * len(AXES)
+        score = dict.fromkeys(AXES, 0.0)
         negation = -1  # where the last negation ended
         for match in self.pattern.finditer(own):
             kind, cue = match.lastgroup, match.group()
-            if kind is None or kind == "emoticon":
-                effect = self.effects.get(cue) or (self.effects["\0emoticon"] if kind else {})
-            else:
-                effect = self.effects.get("\0" + kind, {})
+            effect = self.effects[cue] if kind in (None, "emoticon") and cue in self.effects else EFFECTS.get(kind or "", {})
             if match.start() > negation + 24:
                 negation = -1
             negated = negation >= 0 and effect and self._reaches(own[negation:match.start()])
             for axis, weight in effect.items():
-                score[axis] += weight * NEGATED.get(AXES[axis], 0.0) if negated else weight
+                score[axis] += weight * NEGATED.get(axis, 0.0) if negated else weight
             if negated:
                 negation = -1
             if cue in self.negations:
                 negation = match.end()
         for axis, weight in self.effects.get("^" + own.strip(FILLER + "!?"), {}).items():
             score[axis] += weight
-        return _decide(share, dict(zip(AXES, score)))
+        return _decide(share, score)
 
     def _reaches(self, gap: str) -> bool:
         """Whether a negation still governs a cue that begins `gap` after it."""
@@ -249,18 +243,13 @@ class LMAnnotator:
         template, comma, lead = PROMPTS[language]
         prompts: list[str] = []
         continuations: list[str] = []
-        worlds: list[int] = []
         for text in texts:
             post = " ".join(text[:PROMPT_CHARACTERS].split())
             for dimension, labels in DIMENSIONS.items():
                 words = [LABELS_ZH[label] if language == "zh" else label for label in labels]
                 prompt = template.format(question=QUESTIONS[language][dimension], options=comma.join(words), post=post)
-                world = worlds[-1] + 1 if worlds else 0  # a dimension's labels share their whole prompt
-                for word in words:
-                    prompts.append(prompt)
-                    continuations.append(lead + word)
-                    worlds.append(world)
-        with torch.no_grad():
-            flat = self.lm.log_prob(prompts, continuations, worlds=worlds).tolist()
-        width = len(flat) // len(texts)
-        return [flat[row * width:(row + 1) * width] for row in range(len(texts))]
+                prompts += [prompt] * len(words)
+                continuations += [lead + word for word in words]
+        with torch.no_grad():  # labels of one question share their whole prompt, so it is their world
+            found = self.lm.log_prob(prompts, continuations, worlds=prompts)
+        return found.view(len(texts), -1).tolist()

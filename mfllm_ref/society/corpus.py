@@ -16,7 +16,7 @@ from mfllm_ref.society.rollout import Annotator
 from mfllm_ref.society.signals import HALF_LIFE, RECENT, History, Seen, Shares, imagined, parse, shares, verbalise
 
 KINDS = ("none", "recent", "popular", "empirical")
-LOST = 0.1  # how often a dimension is missing in a summary that another one is to follow from: see Past.mean_field
+LOST = 0.1  # chance that an imagined previous summary lacks a dimension: see Past.mean_field
 GUESTS = 7  # events that lend their people to a made-up population: see Past.reweighted
 TUNING_SHARE = 0.21  # of an outside data set's events, kept from pretraining for tuning later: 200 of 952
 
@@ -90,8 +90,8 @@ class Past:
         signal of `kind` that tells of just that population. Its people may be those of `others` too.
 
         Real populations differ too little from each other, for the same topic, to teach a small model within minutes that
-        the signal is worth reading. And what a topic's own people say can be learned by heart, signal and all; what those of
-        others would say there cannot.
+        the signal is worth reading. And a small data set's own posts can be learned by heart, with their signals; posts borrowed from
+        other events cannot.
         """
         event, pasts = self.event, (self, *others)
         everyone = [seen for past in pasts for seen in past.seen]

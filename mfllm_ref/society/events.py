@@ -1,7 +1,7 @@
 """Events: who acted, in what order, with what words. Plain data; nothing here knows a language model.
 
 An event is a topic c and a time-ordered list of actions; an action is an agent's text. Eight dimensions describe an
-action (DESIGN section 6, after the paper's annotation); which label a text carries is the annotator's business.
+action (after the paper's annotation); which label a text carries is the annotator's business.
 """
 
 import hashlib

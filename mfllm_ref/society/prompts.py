@@ -15,7 +15,7 @@ TOPIC_CHARS, POST_CHARS, PROFILE_CHARS, ACTION_CHARS = 160, 140, 100, 140
 # What is wrong in a summary, all later steps believe: of what the tiny backbone wrote from all tokens, one in a hundred lacked a
 # dimension, and a world whose agents were not told of it for one step never came back (0.06 nats of KL, in every fifth world).
 SUMMARY_TOP_P = 0.9
-MANY = 200  # posts that a mean-field model is told the number of; of more, every newest step counts the same
+MANY = 200  # the largest number of posts that a prompt states ("200+" above it, where every newest step weighs the same)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +78,7 @@ WORDING = {
 
 def one_line(text: str, limit: int) -> str:
     """`text` on one line (every run of whitespace becomes one space), at most `limit` characters of it."""
-    # split() is linear, but a post can be huge: what lies far behind the limit cannot matter.
-    line = " ".join(text[: 20 * limit].split())
+    line = " ".join(text.split(maxsplit=limit)[:limit])  # no word has less than a character
     return line if len(line) <= limit else line[:limit].rstrip()
 
 
@@ -124,7 +123,7 @@ def mean_field_context(language: str, topic: str, posts: Sequence[str]) -> str:
 def mean_field_newest(language: str, actions: Sequence[tuple[str, str]], acted: int) -> str:
     """The newest `actions`, (profile, text) each in canonical order.
 
-    acted: how many have acted by then. It says what the newest are worth beside the summary before, which speaks for all others.
+    acted: posts so far, these included. It tells how much the newest weigh beside the summary before, which speaks for the others.
     """
     wording = WORDING[language]
     lines = [wording.newest.format(acted if acted < MANY else f"{MANY}+")]
@@ -149,6 +148,6 @@ def mean_field_prompt(
 
 
 def prior_prompt(language: str) -> str:
-    """The prompt of the prior r(m): the bare instruction, neither topic nor history (DESIGN section 1)."""
+    """The prompt of the prior r(m): the bare instruction, neither topic nor history."""
     wording = WORDING[language]
     return wording.mean_field + "\n" + wording.summary + "\n"

@@ -1,4 +1,4 @@
-"""Events from files: four formats in, one out (DESIGN section 3, `--data`).
+"""Events from files: four formats in, one out.
 
 Notable: the format is detected from what is there, not from an option. A folder with original-microblog/ is CED Weibo,
 one with source-tweet/ below it RumourEval-2017; a file that begins with `[` is a "rumdect" Weibo event, any other JSON
@@ -202,7 +202,7 @@ def _ced_time(date: str, latest: float, where: str) -> float:
             return datetime.fromisoformat(date).replace(tzinfo=BEIJING).timestamp()
         except ValueError:
             raise InputError(f"{where}: 'date' must look like 2013-03-27 15:19:10, not {show(date)}") from None
-    first = datetime.fromtimestamp(latest, BEIJING).year if math.isfinite(latest) else 2009  # the site's first year
+    first = datetime.fromtimestamp(latest, BEIJING).year if latest > 0 else 2009  # the site's first year
     for year in range(first, first + 9):  # 29 February may have to wait for a leap year
         try:
             month, day, hour, minute = map(int, short.groups())

@@ -24,7 +24,7 @@ WATCHED = {
 }  # fmt: skip
 
 
-def moved(past: Past, dimension: str, level: float) -> Shares:
+def with_share(past: Past, dimension: str, level: float) -> Shares:
     """The event's population, its actions weighted so that a share `level` of them carries the dimension's WATCHED label.
 
     All dimensions move along, as they would in a real population: angry posts oppose. Told of one dimension alone, with the
@@ -49,7 +49,7 @@ def response_curves(
 ) -> dict[str, list[float]]:  # fmt: skip
     """Per dimension, the share of simulated actions that carry its WATCHED label when the signal states each of LEVELS.
 
-    The topic and the posts are those of `pasts` at `step` (or their last one), the population is `moved`; `agents` of each
+    The topic and the posts are those of `pasts` at `step` (or their last one), the population is that of `with_share`; `agents` of each
     event, as far as it has them, act at each level.
     """
     told, seeds, keys = [], [], []
@@ -57,7 +57,7 @@ def response_curves(
         at = min(step, past.steps - 1)
         for dimension in WATCHED:
             for level in LEVELS:
-                words = verbalise(moved(past, dimension, level), past.event.language)
+                words = verbalise(with_share(past, dimension, level), past.event.language)
                 document = past.told(at, Signal("population", (words,)), agents)
                 told += [document.prefix + private for private, _ in document.branches]
                 seeds += [hashed("response", past.event.id, dimension, level, seen.id) for seen in past.actions(at, agents)]
@@ -73,7 +73,7 @@ def response_curves(
 
 def true_response(pasts: Sequence[Past], step: int = 5, draws: int = 4) -> dict[str, list[float]]:
     """The response of agora's own process, in the shape of `response_curves`: the expected share of each WATCHED label
-    among the ten agents from `step` (or the last one) on, if the population were `moved` to each of LEVELS. Its agents react to the stances
+    among the ten agents from `step` (or the last one) on, if the population were that of `with_share` at each of LEVELS. Its agents react to the stances
     in it, and to nothing else. Raises InputError for events that are not agora's.
     """
     shares: dict[str, np.ndarray] = {d: np.zeros(len(LEVELS)) for d in WATCHED}
@@ -82,7 +82,7 @@ def true_response(pasts: Sequence[Past], step: int = 5, draws: int = 4) -> dict[
         noise = agora.generator(past.event.id, "response").random((draws, UPDATE, agora.NOISE))
         for dimension, label in WATCHED.items():
             for at, level in enumerate(LEVELS):
-                opinion = moved(past, dimension, level)["stance"]
+                opinion = with_share(past, dimension, level)["stance"]
                 opinion = opinion / opinion.sum()  # agora's order of stances is that of DIMENSIONS
                 acted = [a for draw in noise for a in agora.proceed(here, start, opinion, (), draw, start + UPDATE)]
                 shares[dimension][at] += np.mean([a.labels[dimension] == label for a in acted]) / len(pasts)

@@ -69,7 +69,6 @@ class Settings:
     agents: int | None = None
     batch: int = 10
     warmup: int = 50
-    seed: int = 0
     action_tokens: int = 48
     summary_tokens: int = 120
     chat: bool = False
@@ -86,7 +85,7 @@ class World:
     seed: int
 
 
-# Inserted actions, step -> (profile, text) of each: the intervention file of DESIGN section 3.
+# Inserted actions, step -> (profile, text) of each: what the JSON file of --intervene says.
 Intervention = Mapping[int, Sequence[tuple[str, str]]]
 
 
@@ -180,9 +179,9 @@ def _prompt(lm: LanguageModel, text: str, settings: Settings) -> str | tuple[int
 def _fitting(
     lm: LanguageModel, state: State, settings: Settings, rooms: Sequence[int], build: Callable[[int], list[str]]
 ) -> list[str | tuple[int, ...]]:  # fmt: skip
-    """The prompts build(0), each with its `rooms` of the backbone's positions left for what follows. Where one is too
-    long, it is that of the first build(1), build(2), ... (so many of the oldest things untold) that fits. Raises
-    InputError naming the event where not even the shortest does."""
+    """The prompts of build(0). One that leaves fewer than its `rooms` of the backbone's positions free is replaced by that of
+    build(1), build(2), ..., which tell ever less of the oldest, until it fits. Raises InputError naming the event where not even
+    the shortest does."""
     limit, texts = lm.backbone.config.max_positions, build(0)
     out = [_prompt(lm, text, settings) for text in texts]
     for i, room in enumerate(rooms):
@@ -214,21 +213,21 @@ def _steps(states: Sequence[State]) -> range:
 def _act(lm: LanguageModel, states: Sequence[State], step: int, settings: Settings) -> list[list[str]]:
     """The texts of the step's actions in every world: real ones of the warm-up, simulated ones after it."""
     out: list[list[str]] = []
-    for state in states:
-        out.append([state.world.event.actions[i].text for i in state.indices(step) if i < state.real])
-        simulated = [i for i in state.indices(step) if i >= state.real]
+    texts, seeds, owners = list[str | tuple[int, ...]](), list[int](), list[int]()
+    for k, state in enumerate(states):
+        actions, simulated = state.world.event.actions, [i for i in state.indices(step) if i >= state.real]
+        out.append([actions[i].text for i in state.indices(step) if i < state.real])
+        noise = [_seed(state, step, i) for i in simulated]
         if state.world.method.resamples:
-            pool = sorted(action.text for action in state.world.event.actions[: settings.warmup])  # exchangeable
+            pool = sorted(action.text for action in actions[: settings.warmup])  # exchangeable
             if not pool:
                 raise InputError(f"--warmup 0: method {state.world.method.name} has no actions to draw from")
-            out[-1] += [pool[int(_seed(state, step, i) % len(pool))] for i in simulated]
-    texts, seeds, owners = [], [], []
-    for k, state in enumerate(states):
-        simulated = [i for i in state.indices(step) if i >= state.real and not state.world.method.resamples]
-        texts += _fitting(lm, state, settings, [settings.action_tokens] * len(simulated),
-                          lambda drop: state.policy_prompts(step, simulated, drop))  # fmt: skip
-        seeds += [_seed(states[k], step, i) for i in simulated]
-        owners += [k] * len(simulated)
+            out[k] += [pool[seed % len(pool)] for seed in noise]
+        else:
+            texts += _fitting(lm, state, settings, [settings.action_tokens] * len(simulated),
+                              lambda drop: state.policy_prompts(step, simulated, drop))  # fmt: skip
+            seeds += noise
+            owners += [k] * len(simulated)
     if texts:
         adapters = [states[k].world.method.policy for k in owners]
         written = lm.generate(texts, settings.action_tokens, seeds=seeds, stop=("\n",), worlds=owners, adapters=adapters)
@@ -245,50 +244,48 @@ def _update_mean_fields(
     lm: LanguageModel, states: Sequence[State], step: int, actions: Sequence[list[Seen]], settings: Settings
 ) -> None:
     """m_{step+1} of every world that has a mean-field model and a next step to guide."""
-    chosen = [k for k, state in enumerate(states) if state.guides(step + 1)]
-    if not chosen:
+    asked = {}
+    for k, state in enumerate(states):
+        if state.guides(step + 1):
+            prompt, = _fitting(lm, state, settings, [settings.summary_tokens],
+                               lambda drop: [state.mean_field_prompt(step, actions[k], drop)])  # fmt: skip
+            seed = hashed(state.world.seed, state.world.event.id, step + 1, "mean field")
+            asked[k] = prompt, seed, state.world.method.mean_field
+    if not asked:
         return
-    asked = []
-    for k in chosen:
-        prompt, = _fitting(lm, states[k], settings, [settings.summary_tokens],
-                           lambda drop: [states[k].mean_field_prompt(step, actions[k], drop)])  # fmt: skip
-        seed = hashed(states[k].world.seed, states[k].world.event.id, step + 1, "mean field")
-        asked.append((prompt, seed, states[k].world.method.mean_field))
     # Equal questions are asked once: pasts are equal through the warm-up, and those of many twins for ever.
-    texts, seeds, adapters = zip(*(once := dict.fromkeys(asked)), strict=True)
+    texts, seeds, adapters = zip(*(once := dict.fromkeys(asked.values())), strict=True)
     options = {"seeds": seeds, "stop": ("\n",), "worlds": range(len(once)), "adapters": adapters, "top_p": settings.summary_top_p}
     written = dict(zip(once, lm.generate(texts, settings.summary_tokens, **options), strict=True))
-    for k, question in zip(chosen, asked, strict=True):
+    for k, question in asked.items():
         states[k].mean_field = " ".join(written[question].split())
 
 
-def _score(lm: LanguageModel, twins: Sequence[State], step: int, settings: Settings) -> dict[int, tuple[float, int]]:
-    """Of each twin with real actions to score at `step`: minus their log-likelihood in nats, and their tokens, end of
-    text included (DESIGN section 6, nll)."""
-    out: dict[int, tuple[float, int]] = {}
-    scored = [k for k, twin in enumerate(twins) if twin.indices(step)[-1] >= settings.warmup]
-    adapters = [twins[k].world.method.policy for k in scored]
-    for name in dict.fromkeys(adapters):
-        texts, spoken, owners = [], [], []
-        for k in (k for k, adapter in zip(scored, adapters, strict=True) if adapter == name):
-            future = [i for i in twins[k].indices(step) if i >= settings.warmup]
-            said = [prompts.continuation(twins[k].world.event.actions[i].text) for i in future]
-            rooms = [max(settings.action_tokens, len(ids) + 1) for ids in lm.tokenizer.encode_batch(said)]
-            texts += _fitting(lm, twins[k], settings, rooms, lambda drop: twins[k].policy_prompts(step, future, drop))
-            spoken += said
-            owners += [k] * len(future)
+def _score(lm: LanguageModel, twins: Sequence[State], step: int, settings: Settings) -> list[tuple[float, int]]:
+    """Of each twin's real actions of `step` after the warm-up: minus their log-likelihood in nats, and their tokens, end
+    of text included ."""
+    out = [(0.0, 0)] * len(twins)
+    for name in dict.fromkeys(twin.world.method.policy for twin in twins if twin.indices(step)[-1] >= settings.warmup):
+        texts, spoken = list[str | tuple[int, ...]](), list[str]()
+        owners, tokens = list[int](), list[int]()
+        for k, twin in enumerate(twins):
+            future = [i for i in twin.indices(step) if i >= settings.warmup and twin.world.method.policy == name]
+            said = [prompts.continuation(twin.world.event.actions[i].text) for i in future]
+            sizes = [len(ids) + 1 for ids in lm.tokenizer.encode_batch(said)]
+            rooms = [max(settings.action_tokens, size) for size in sizes]
+            texts += _fitting(lm, twin, settings, rooms, lambda drop: twin.policy_prompts(step, future, drop))
+            spoken, owners, tokens = spoken + said, owners + [k] * len(future), tokens + sizes
         with lm.adapter(name), torch.no_grad():
             nats = -lm.log_prob(texts, spoken, worlds=owners, end_of_text=True).double().cpu().numpy()
-        tokens = np.array([len(ids) + 1 for ids in lm.tokenizer.encode_batch(spoken)])
         for k in dict.fromkeys(owners):
             mine = np.array(owners) == k
-            out[k] = float(nats[mine].sum()), int(tokens[mine].sum())
+            out[k] = float(nats[mine].sum()), int(np.array(tokens)[mine].sum())
     return out
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """What one step adds to trajectory.jsonl, mean_field.jsonl (DESIGN section 3) and likelihood.jsonl, which has a row
+    """What one step adds to trajectory.jsonl, mean_field.jsonl and likelihood.jsonl, which has a row
     {event, method, seed, step, nll, tokens, text} a twin and step: `text` is the mean field that its real past led to."""
 
     trajectory: Sequence[Row] | JsonLines = ()
@@ -376,7 +373,7 @@ def rollout(
             [{**_key(s), "step": step + 1, "text": s.mean_field} for s in active if s.guides(step + 1)],
             [
                 {**_key(twin), "step": step, "nll": nats, "tokens": tokens, "text": twin.mean_field}
-                for twin, (nats, tokens) in ((twin, scores.get(k, (0.0, 0))) for k, twin in enumerate(forced))
+                for twin, (nats, tokens) in zip(forced, scores, strict=True)
             ],
         )
 

@@ -135,8 +135,8 @@ def moved(mean: np.ndarray, weight: float, now: np.ndarray, retention: float) ->
 
 
 class History:
-    """The past of one world, as far as signals need it: O(1) memory however long the event, but for the number of answers to each
-    action that has some, which real actions alone have."""
+    """The past of one world, as far as signals need it: memory does not grow with the event, except for one counter for each real
+    action that was answered."""
 
     def __init__(self, batch: int, half_life: float = HALF_LIFE) -> None:
         # Decay by the nominal step, so that a step counts by its shares and not by its head count: telling the same

@@ -54,14 +54,14 @@ MUTANTS = [
            "sorted(actions, key=lambda a: (a.text, a.id))", "actions"),
     Mutant(FIELD + "test_agents_of_a_step_are_exchangeable", rollout._seed, "state.ids[index]", "index"),
     Mutant(FIELD + "test_agents_of_a_step_are_exchangeable", rollout._act,
-           "sorted(action.text for action in state.world.event.actions[: settings.warmup])",
+           "sorted(action.text for action in actions[: settings.warmup])",
            "[action.text for action in state.world.event.actions[: settings.warmup]]"),
     Mutant(FIELD + "test_a_population_is_told_the_same_in_whatever_order_its_steps_came", History.update,
            "sorted(step, key=lambda seen: (hashed(seen.text), seen.id))", "step"),
     # (2) conditional independence
     Mutant(FIELD + "test_a_world_does_not_depend_on_the_worlds_beside_it", rollout._act,
-           "seeds += [_seed(states[k], step, i) for i in simulated]",
-           "seeds += [_seed(states[k], step, i) + len(seeds) for i in simulated]"),
+           "seeds += noise",
+           "seeds += [seed + len(seeds) for seed in noise]"),
     Mutant(FIELD + "test_an_agent_does_not_depend_on_the_agents_beside_it", State.policy_prompts,
            "shared + prompts", "shared[:-1] + str(len(indices)) + prompts"),
     Mutant(FIELD + "test_an_agent_does_not_depend_on_how_work_is_cut", LanguageModel._generate_ids,
@@ -79,7 +79,7 @@ MUTANTS = [
            "self.mean_field)", "self.mean_field + repr(self.history.mean))"),
     # (4) warm-up
     Mutant(FIELD + "test_warm_up_texts_are_the_real_ones_byte_for_byte", rollout._act,
-           "[state.world.event.actions[i].text for", "[state.world.event.actions[i].text.strip() for"),
+           "[actions[i].text for", "[actions[i].text.strip() for"),
     # (5) fixed point, (8) scaling
     Mutant(FIELD + "test_a_population_that_does_not_change_is_a_fixed_point", signals.moved,
            "mean + (now - mean) / weight", "(mean * (weight - 1) + now) / weight"),
@@ -121,7 +121,7 @@ MUTANTS = [
     Mutant(PARTS + "test_no_content_of_a_chat_closes_its_turn", tokenizer.Tokenizer._encode_parts,
            "self.model.find(parts[0])", "self.model.find(text)"),
     Mutant("property/test_hostile.py::test_nothing_that_is_written_forges_a_prompt", prompts.one_line,
-           "text[: 20 * limit].split()", "text[: 20 * limit].split(' ')"),
+           "text.split(maxsplit=limit)", "text.split(' ', maxsplit=limit)"),
     # the information bottleneck's terms
     Mutant(PARTS + "test_the_terms_of_the_bottleneck_are_bounded", _stream,
            "mean - log_sums[0] + log_sums[1]", "mean - log_sums[0]"),

@@ -52,7 +52,7 @@ def test_a_long_post_is_cut_where_it_enters_a_prompt():
     assert len(prompts.continuation(post)) <= prompts.ACTION_CHARS
     shared = prompts.policy_shared("en", post, [post], Signal("popular", (post,) * 5))
     assert len(shared) < 1200
-    assert prompts.one_line(" " * 5000 + "late", 60) == ""  # and in time that does not depend on the post
+    assert prompts.one_line(" " * 5000 + "late\n" * 9, 14) == "late late late"  # what stands far behind is read all the same
 
 
 def test_a_post_that_an_agent_may_write_is_listed_whole():

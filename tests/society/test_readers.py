@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from mfllm_ref.errors import InputError
 from mfllm_ref.society.events import DIMENSIONS, LANGUAGES, Action, Agent, Event, PublicPost
-from mfllm_ref.society.readers import load_events, write_events
+from mfllm_ref.society.readers import BEIJING, load_events, write_events
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -316,6 +317,15 @@ def test_bad_ced(tmp_path, name, change, cause):
     edit(tmp_path / "ced" / name, lambda data: result if isinstance(result := change(data), (list, dict)) else None)
     message = refused(tmp_path / "ced")
     assert Path(name).stem in message and cause in message
+
+
+def test_a_repost_older_than_the_site_does_not_date_the_next(tmp_path):
+    """The posts of the crawl's own year have none; no year can be told from one that a broken clock has put before the site's."""
+    shutil.copytree(FIXTURES / "ced", tmp_path / "ced")
+    edit(tmp_path / "ced/rumor-repost/1_aa.json", lambda posts: posts[-1].update(date="0001-01-01 00:00:00"))
+    edit(tmp_path / "ced/rumor-repost/1_aa.json", lambda posts: posts[-2].update(date="01月02日 03:04"))
+    times = [action.time for action in load_events(tmp_path / "ced")[0].actions[:2]]
+    assert [datetime.fromtimestamp(time, BEIJING).year for time in times[1:]] == [2009]
 
 
 def test_ced_reposts_must_exist_once(tmp_path):

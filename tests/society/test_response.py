@@ -9,7 +9,7 @@ from mfllm_ref.society import agora
 from mfllm_ref.society.annotate import RuleAnnotator
 from mfllm_ref.society.corpus import Past
 from mfllm_ref.society.events import DIMENSIONS
-from mfllm_ref.society.response import LEVELS, WATCHED, moved, response_curves, slope, true_response
+from mfllm_ref.society.response import LEVELS, WATCHED, response_curves, slope, true_response, with_share
 
 PASTS = [Past(agora.event("dev", index), RuleAnnotator(), 10) for index in range(4)]
 
@@ -17,7 +17,7 @@ PASTS = [Past(agora.event("dev", index), RuleAnnotator(), 10) for index in range
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("dimension", WATCHED)
 def test_a_moved_population_has_the_share_asked_for_and_is_one_population(dimension, level):
-    shares = moved(PASTS[0], dimension, level)
+    shares = with_share(PASTS[0], dimension, level)
     label = DIMENSIONS[dimension].index(WATCHED[dimension])
     assert shares[dimension][label] / shares[dimension].sum() == pytest.approx(level)
     assert all((part >= 0).all() for part in shares.values())
@@ -26,7 +26,7 @@ def test_a_moved_population_has_the_share_asked_for_and_is_one_population(dimens
 
 
 def test_dimensions_that_go_together_move_together():
-    low, high = (moved(PASTS[0], "stance", level)["belief_degree"] for level in (0.05, 0.95))
+    low, high = (with_share(PASTS[0], "stance", level)["belief_degree"] for level in (0.05, 0.95))
     assert abs(low - high).max() > 0.1
 
 
@@ -38,7 +38,7 @@ def test_a_label_that_no_action_or_every_action_has_moves_alone(seen):
                                          for d, names in DIMENSIONS.items()} for _ in texts]  # fmt: skip
     past = Past(replace(event, actions=event.actions[:20]), annotate, 10)
     for dimension, label in WATCHED.items():
-        one, other = (moved(past, dimension, level) for level in (0.2, 0.8))
+        one, other = (with_share(past, dimension, level) for level in (0.2, 0.8))
         assert one[dimension][DIMENSIONS[dimension].index(label)] / one[dimension].sum() == pytest.approx(0.2)
         assert all(np.array_equal(one[d], other[d]) for d in DIMENSIONS if d != dimension)
 
