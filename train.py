@@ -44,7 +44,7 @@ def parser() -> doors.Parser:
                      "fifth of them out, for tuning")  # fmt: skip
     out.add_argument("--split", help="folder of that name in --data")
     out.add_argument("--steps", type=updates, default=[], metavar="N[,N]", help="optimizer steps, of each stage or of mean-field "
-                     "and policy (default: 60,120; pretrain: 1500)")  # fmt: skip
+                     "and policy; a rival gets the sum of both (default: 60,120; pretrain: 1500)")  # fmt: skip
     out.add_argument("--rows", type=doors.positive, help="population steps, or documents, that an update learns from "
                      "(default: 8; pretrain: 9)")  # fmt: skip
     out.add_argument("--lr", type=float, help="peak learning rate (default: mean-field 0.0005, "
@@ -139,9 +139,10 @@ def tuning(args: argparse.Namespace, data: Path | None, out: Path, common: dict)
     # About eight minutes on two cores, of the ten that there are.
     steps = tuple(args.steps * 2)[:2] or (60, 120)
     settings = ib_tune.Settings(
-        steps[1], args.rows or 8, args.micro, args.lr, args.samples, args.beta[0],
-        args.repetition_penalty, args.summary_tokens, args.summary_top_p, args.clip, args.seed,
-        reweighted=args.reweighted, mixed=args.dtype == "auto" and device.type == "cpu" and doors.fast_bfloat16(),
+        rows=args.rows or 8, micro=args.micro, lr=args.lr, samples=args.samples, beta=args.beta[0],
+        repetition_penalty=args.repetition_penalty, summary_tokens=args.summary_tokens, summary_top_p=args.summary_top_p,
+        clip=args.clip, seed=args.seed, reweighted=args.reweighted,
+        mixed=args.dtype == "auto" and device.type == "cpu" and doors.fast_bfloat16(),
     )  # fmt: skip
     for beta in args.beta:
         dataclasses.replace(settings, beta=beta).check()

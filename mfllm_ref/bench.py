@@ -259,7 +259,7 @@ def train(args: argparse.Namespace) -> None:
     target = F.pad(full[:, start:], (0, 1))  # end of text is token 0
 
     def ours() -> tuple[float, float]:
-        row = ib_tune.apply(lm, ib_tune.policy_update(lm, [document], settings, named, "bench"), optimizers[0], 0, settings)
+        row = ib_tune.apply(lm, ib_tune.policy_update(lm, [document], named, "bench"), optimizers[0], 0, settings)
         return row["loss"], row["gradient_norm"]
 
     def theirs() -> tuple[float, float]:

@@ -18,8 +18,7 @@ Notable:
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import astuple, dataclass, field, replace
 
 import numpy as np
 import torch
@@ -43,10 +42,10 @@ class Settings:
 
     steps: int = 100
     rows: int = 8
-    micro: int = 8
+    micro: int = 4
     lr: float | None = None  # None: the job's, see tuning.jobs
     samples: int = 4  # K
-    beta: float = 1.0
+    beta: float = 30.0
     repetition_penalty: float = 0.0  # taken off the reward for each token that the summary has had before
     summary_tokens: int = 120
     summary_top_p: float = prompts.SUMMARY_TOP_P  # of summaries that a policy reads; a gradient's are drawn from all tokens
@@ -120,11 +119,13 @@ def signal_of(summary: str) -> Signal | None:
 
 @dataclass(frozen=True, slots=True)
 class Chain:
-    """A mean field on its way through one event's real actions: `summary` is m_{step-1}, the next one guides `step`."""
+    """A mean field on its way through one event's real actions: `summary` is m_{step-1}, the next one guides `step`.
+    `number`: how many chains its row of the update has had before."""
 
     past: int
     step: int
     summary: str = ""
+    number: int = 0
 
 
 def begun(pasts: Sequence[Past], past: int, step: int) -> Chain:
@@ -138,26 +139,24 @@ class Chains:
 
     def __init__(self, pasts: Sequence[Past], rows: int, seed: int, state: Sequence[Sequence] = ()) -> None:
         self.pasts, self.seed = pasts, seed
-        self.started = [int(count) for count, *_ in state] or [0] * rows
-        self.chains = [Chain(*rest) for _, *rest in state] or [self._begin(row) for row in range(rows)]
+        self.chains = [Chain(*some) for some in state] or [self._begin(row, 0) for row in range(rows)]
 
-    def _begin(self, row: int) -> Chain:
+    def _begin(self, row: int, number: int) -> Chain:
         """The row's next event from its first step on; the very first one from anywhere, so that rows are out of phase."""
-        rng = np.random.default_rng([self.seed, 2, row, self.started[row]])
+        rng = np.random.default_rng([self.seed, 2, row, number])
         past = int(rng.integers(len(self.pasts)))
-        step = 1 if self.started[row] else int(rng.integers(1, self.pasts[past].steps))
-        self.started[row] += 1
-        return begun(self.pasts, past, step)
+        step = 1 if number else int(rng.integers(1, self.pasts[past].steps))
+        return replace(begun(self.pasts, past, step), number=number)
 
     @property
-    def state(self) -> list[list]:
-        return [[n, c.past, c.step, c.summary] for n, c in zip(self.started, self.chains, strict=True)]
+    def state(self) -> list[tuple]:
+        return [astuple(chain) for chain in self.chains]
 
     def advance(self, summaries: Sequence[str]) -> None:
         """Go on with these summaries m_step."""
         for row, (chain, summary) in enumerate(zip(self.chains, summaries, strict=True)):
             over = chain.step + 1 >= self.pasts[chain.past].steps
-            self.chains[row] = self._begin(row) if over else replace(chain, step=chain.step + 1, summary=summary)
+            self.chains[row] = self._begin(row, chain.number + 1) if over else replace(chain, step=chain.step + 1, summary=summary)
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +181,7 @@ def draw(
     worlds = [row for row in range(len(chains)) for _ in range(samples)]
     with lm.adapter(mean_field):
         ids = lm.sample([told[row] for row in worlds], settings.summary_tokens, seeds, worlds)
-    texts = [as_summary(text) for text in lm.tokenizer.decode_batch(ids)]
+    texts = [as_summary(text) for text in lm.texts(ids)]
     documents = [
         pasts[chains[row].past].told(chains[row].step, signal_of(text)) for row, text in zip(worlds, texts, strict=True)
     ]
@@ -245,10 +244,11 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float = 0.1) -> fl
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """What an update learns from and how. Each of `parts` makes (loss in nats a step, its share of the update, what it adds
-    to the sums) when it is called, and is differentiated before the next; `numbers` makes log.jsonl's of all sums."""
+    """What an update learns from and how. `loss` makes (the mean loss of some of its `rows` in nats a step, what they add to
+    the sums): a few rows at a time are differentiated. `numbers` makes log.jsonl's of all sums."""
 
-    parts: Sequence[Callable[[], tuple[Tensor, float, dict[str, float]]]]
+    rows: int
+    loss: Callable[[slice], tuple[Tensor, dict[str, float]]]
     numbers: Callable[[Mapping[str, float]], dict[str, float]]
     batch: str  # says which steps of which events, for error messages
     started: float = field(default_factory=time.perf_counter)
@@ -267,10 +267,9 @@ def mean_field_update(
     penalty = sampled.reward.new_tensor([[repeated(ids) for ids in some] for some in sampled.ids])
     reward = sampled.reward - settings.repetition_penalty * penalty
 
-    def part(some: slice) -> tuple[Tensor, float, dict[str, float]]:
+    def loss(some: slice) -> tuple[Tensor, dict[str, float]]:
         log_prob, kl = information_terms(lm, pasts, now[some], sampled.ids[some], adapter)
-        loss = surrogate(log_prob, kl, reward[some], settings.beta).mean()
-        return loss, len(now[some]) / len(now), {"kl": float(kl.detach().sum())}
+        return surrogate(log_prob, kl, reward[some], settings.beta).mean(), {"kl": float(kl.detach().sum())}
 
     def numbers(sums: Mapping[str, float]) -> dict[str, float]:
         kl = sums["kl"] / reward.numel()
@@ -280,27 +279,22 @@ def mean_field_update(
             "tokens": sum(len(ids) for ids in sum(sampled.ids, [])),
         }  # fmt: skip
 
-    return Update([partial(part, some) for some in _micro(len(now), settings)], numbers, named, started)
+    return Update(len(now), loss, numbers, named, started)
 
 
-def _micro(rows: int, settings: Settings) -> list[slice]:
-    return [slice(start, start + settings.micro) for start in range(0, rows, settings.micro)]
-
-
-def policy_update(lm: LanguageModel, documents: Sequence[Document], settings: Settings, adapter: str, named: str) -> Update:
+def policy_update(lm: LanguageModel, documents: Sequence[Document], adapter: str, named: str) -> Update:
     """One update of L_pi (or of supervised fine-tuning, which is the same without a mean field)."""
 
-    def part(some: slice) -> tuple[Tensor, float, dict[str, float]]:
+    def loss(some: slice) -> tuple[Tensor, dict[str, float]]:
         with lm.adapter(adapter):
             reward, counts = log_likelihood(lm, documents[some])
-        sums = {"nats": -float(reward.detach().sum()), "tokens": float(counts.sum())}
-        return -reward.mean(), len(documents[some]) / len(documents), sums
+        return -reward.mean(), {"nats": -float(reward.detach().sum()), "tokens": float(counts.sum())}
 
     def numbers(sums: Mapping[str, float]) -> dict[str, float]:
-        loss = sums["nats"] / len(documents)
-        return {"loss": loss, "reward": -loss, "action_nll": sums["nats"] / sums["tokens"], "tokens": sums["tokens"]}
+        nats = sums["nats"] / len(documents)
+        return {"loss": nats, "reward": -nats, "action_nll": sums["nats"] / sums["tokens"], "tokens": sums["tokens"]}
 
-    return Update([partial(part, some) for some in _micro(len(documents), settings)], numbers, named)
+    return Update(len(documents), loss, numbers, named)
 
 
 def apply(
@@ -316,21 +310,24 @@ def apply(
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     optimizer.zero_grad()
     made: dict[int, list[Tensor]] = {}  # by part, where other processes make the rest
+    rows = range(update.rows)
+    parts = rows[:: settings.micro]
 
-    def differentiate(number: int) -> dict[str, float]:
+    def differentiate(first: int) -> dict[str, float]:
+        some = slice(first, first + settings.micro)
         with torch.autocast(lm.device.type, torch.bfloat16, enabled=settings.mixed):
-            loss, share, sums = update.parts[number]()
+            loss, sums = update.loss(some)
         finite("loss", loss.item())
         # The gradient of a nat a step is that of many agents; their number is left to the clipping and to AdamW.
-        (loss * share).backward()
+        (loss * (len(rows[some]) / len(rows))).backward()
         if ranks.sharing():
-            made[number] = [p.grad for p in parameters]
+            made[first // settings.micro] = [p.grad for p in parameters]
             optimizer.zero_grad()
         return sums
 
-    costs = [1.0] * len(update.parts)
+    costs = [1.0] * len(parts)
     with at(step, update.batch):
-        found = ranks.compute(differentiate, range(len(update.parts)), costs)
+        found = ranks.compute(differentiate, parts, costs)
         ranks.add_gradients(parameters, made, costs)
         norm = finite("gradient", torch.nn.utils.clip_grad_norm_(parameters, settings.clip).item())
     for group in optimizer.param_groups:
@@ -345,23 +342,14 @@ def apply(
 # ---- what a dev split says -----------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Information:
-    """Means over steps, in nats a step: kl = KL(mu || r), the bound on I(m; X, c); reward = R(m); blind, the log-likelihood
-    of the same actions under a policy that is told nothing, NaN where none was asked."""
-
-    kl: float
-    reward: float
-    blind: float
-
-
 @torch.no_grad()
 def information(
     lm: LanguageModel, pasts: Sequence[Past], settings: Settings, mean_field: str | None, policy: str | None,
     blind: str | None = None, length: int = 3,
-) -> Information:  # fmt: skip
-    """What mean-field adapter `mean_field` costs and gives on fixed steps of `pasts` with fixed noise: one chain of `length`
-    summaries a past, begun anywhere. blind: the adapter of the policy that is told nothing."""
+) -> dict[str, float]:  # fmt: skip
+    """What mean-field adapter `mean_field` costs and gives on fixed steps of `pasts` with fixed noise (one chain of `length`
+    summaries a past, begun anywhere), in nats a step: "kl", KL(mu || r), the bound on I(m; X, c); "reward", R(m); and where
+    `blind` names the adapter of a policy that is told nothing, "blind", its log-likelihood of the same actions."""
     now = [begun(pasts, i, 1 + hashed("dev", past.event.id) % max(1, past.steps - length)) for i, past in enumerate(pasts)]
     found: dict[str, list[Tensor]] = {"kl": [], "reward": [], "blind": []}
     for turn in range(length):
@@ -374,5 +362,4 @@ def information(
                 documents = [pasts[chain.past].told(chain.step, None) for chain in now]
                 found["blind"].append(log_likelihood(lm, documents)[0])
         now = [replace(c, step=c.step + 1, summary=texts[0]) for c, texts in zip(now, sampled.texts, strict=True)]
-    kl, reward, *blinded = (float(torch.cat(some).mean()) for some in found.values() if some)
-    return Information(kl, reward, blinded[0] if blinded else math.nan)
+    return {key: float(torch.cat(some).mean()) for key, some in found.items() if some}

@@ -131,10 +131,10 @@ def sample_texts(corpus: Corpus, count: int, seed: int) -> Iterator[str]:
     """Texts to train a tokenizer on: whole documents, as the backbone will see them, and POPULATIONS random populations in
     words beside each, so that every label with every share is frequent enough to be one token."""
     rng = np.random.default_rng([seed, 0])
-    for _ in range(count):
+    for number in range(count):
         _, document = corpus.draw(rng)
         for _ in range(POPULATIONS):
-            yield verbalise(imagined(rng), corpus.past(0).event.language)
+            yield verbalise(imagined(rng), corpus.past(number % corpus.count).event.language)
         yield document.prefix
         for private, target in document.branches:
             yield private
@@ -194,15 +194,11 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int = 50) -> float
 
 
 def optimizers(backbone: Backbone, lr: float, products: torch.dtype = torch.float32) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the layers, AdamW for embeddings, norms and biases; each keeps its own peak rate."""
+    """Muon for the matrices inside the layers, AdamW for embeddings, norms and biases."""
     inner = [p for name, p in backbone.named_parameters() if p.dim() == 2 and ".layers." in name]
     rest = [p for name, p in backbone.named_parameters() if p.dim() != 2 or ".layers." not in name]
-    muon = Muon(inner, lr, weight_decay=0.05, products=products)
     adamw = torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
-    for optimizer in (muon, adamw):
-        for group in optimizer.param_groups:
-            group["peak"] = lr
-    return [muon, adamw]
+    return [Muon(inner, lr, weight_decay=0.05, products=products), adamw]
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,7 +238,7 @@ def train_steps(
         if isinstance(module, torch.nn.Dropout):
             module.p = settings.dropout
     for step, batch in zip(steps, drawn, strict=True):
-        torch.manual_seed((settings.seed * settings.steps + step) * size + own)  # dropout's noise
+        torch.manual_seed(((settings.seed * settings.steps + step) * size + own) % 2**64)  # dropout's noise
         with torch.autocast(device.type, torch.bfloat16, enabled=settings.mixed):
             nats, targets = loss_sums(backbone, batch.rows(slice(own, None, size), device))
         sums, counts = torch.empty(2, settings.rows)
@@ -265,7 +261,7 @@ def train_steps(
             norm = finite("gradient", torch.nn.utils.clip_grad_norm_(parameters, settings.clip).item())
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, settings.steps, group["peak"])
+                group["lr"] = learning_rate(step, settings.steps, settings.lr)
             optimizer.step()
             optimizer.zero_grad()
         row = {"step": step, "loss": loss.item(), "gradient_norm": norm}

@@ -20,11 +20,11 @@ STATE = "state.safetensors"  # in a run's folder, until the run is finished
 
 @contextmanager
 def at(step: int, batch: str) -> Iterator[None]:
-    """Within, a FloatingPointError, the language model's own too, says the step and what it learned from there."""
+    """Within, a FloatingPointError or an InputError, the language model's own too, says the step and what it learned from there."""
     try:
         yield
-    except FloatingPointError as error:
-        raise FloatingPointError(f"{error} at step {step} ({batch})") from None
+    except (FloatingPointError, InputError) as error:
+        raise type(error)(f"{error} at step {step} ({batch})") from None
 
 
 def finite(what: str, value: float) -> float:

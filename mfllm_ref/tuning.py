@@ -20,8 +20,9 @@ from mfllm_ref.ib_tune import Chains, Settings, Update
 from mfllm_ref.lm import LanguageModel
 from mfllm_ref.runs import Run, write_json
 from mfllm_ref.society import agora, rollout
-from mfllm_ref.society.corpus import Document, Past, pretraining_part
+from mfllm_ref.society.corpus import Past, pretraining_part
 from mfllm_ref.society.events import Event, hashed
+from mfllm_ref.society.prompts import Signal
 from mfllm_ref.society.response import response_curves, slope, true_response
 from mfllm_ref.society.rollout import METHODS, Annotator
 from mfllm_ref.society.signals import HALF_LIFE
@@ -29,9 +30,9 @@ from mfllm_ref.training import STATE, at, finite, load_optimizer_tensors, load_s
 
 MEAN_FIELD, POLICY = "mean-field", "policy"
 RIVALS = ("sft", "recent-sft", "popular-sft", "empirical-sft")
-DEV_EVENTS, DEV_STEPS = 24, (3, 8)  # held-out events that select an adapter, and the steps of theirs that a policy writes
+DEV_EVENTS, DEV_STEPS = 24, (3, 8)  # held-out events that select an adapter, and the steps of each that a policy is scored on
 SELECTIONS = 5  # how often the dev events are looked at
-# Learning rates. At the plane's, as many updates move a summary by nats.
+# Peak learning rates. The plane's is higher, so that as few updates move its points apart.
 MEAN_FIELD_LR, PLANE_LR, POLICY_LR = 5e-4, 4e-3, 1e-3
 SHOWN = 7  # events that the table before and after is made of
 
@@ -58,15 +59,15 @@ def jobs(stage: str, methods: Sequence[str] | None, steps: tuple[int, int], beta
     """
     if len(betas) > 1 and stage != MEAN_FIELD:
         raise InputError("--beta: several values are for --stage mean-field")
+    tunable = {name: method for name, method in METHODS.items() if method.policy or method.mean_field}
     if methods is None:
         methods = RIVALS if stage == "sft" else ("mf-llm",)
     elif list(methods) == ["all"]:
-        methods = [name for name, method in METHODS.items() if method.policy or method.mean_field]
+        methods = list(tunable)
     for name in methods:
-        if name not in METHODS or not (METHODS[name].policy or METHODS[name].mean_field):
-            known = ", ".join(name for name, m in METHODS.items() if m.policy or m.mean_field)
-            raise InputError(f"--method {name!r}: nothing to tune; there are all, {known}")
-    chosen = [METHODS[name] for name in METHODS if name in methods]
+        if name not in tunable:
+            raise InputError(f"--method {name!r}: nothing to tune; there are all, {', '.join(tunable)}")
+    chosen = [method for name, method in tunable.items() if name in methods]
     found: dict[str, Job] = {}
     if stage in ("all", MEAN_FIELD) and any(m.mean_field for m in chosen):
         found[MEAN_FIELD] = Job(MEAN_FIELD, None, None, steps[0], MEAN_FIELD_LR, betas[0])
@@ -203,7 +204,7 @@ class Tuner:
 
         def select() -> float:
             found = ib_tune.information(self.lm, self.dev, settings, job.name, self.policy)
-            return found.kl - settings.beta * found.reward
+            return found["kl"] - settings.beta * found["reward"]
 
         return update, select, lambda: chains.state
 
@@ -213,28 +214,23 @@ class Tuner:
             # but a policy that sees few topics often learns their populations by heart instead of reading the summary
             steps = np.cumsum([past.steps - 1 for past in pasts])
             pasts = pasts[: int(np.searchsorted(steps, job.steps * settings.rows)) + 1]
-            fields = self._fields(f"{job.name}.train", job, pasts, settings, None)
-            dev_fields = self._fields(f"{job.name}.dev", job, self.dev, settings, max(DEV_STEPS) + 1)
-
-        def told(some: Sequence[Past], written: Sequence[Sequence[str]], i: int, step: int) -> Document:
-            if signal == "mean-field":
-                return some[i].told(step, ib_tune.signal_of(written[i][step]))
-            return some[i].policy(step, signal, some[i].batch)
-
-        kind = "empirical" if signal == "mean-field" else signal  # of no such population a mean field was written
-        mine, theirs = (fields, dev_fields) if signal == "mean-field" else ([], [])
-        fixed = [told(self.dev, theirs, i, step) for i, p in enumerate(self.dev) for step in DEV_STEPS if step < p.steps]
+            mine = self._fields(f"{job.name}.train", job, pasts, settings, None)
+            theirs = self._fields(f"{job.name}.dev", job, self.dev, settings, max(DEV_STEPS) + 1)
+        else:
+            mine, theirs = ([[told[signal] for told in past.signals] for past in some] for some in (pasts, self.dev))
+        kind = "empirical" if signal == "mean-field" else signal  # nobody wrote a mean field of a made-up population
+        fixed = [past.told(step, told[step]) for past, told in zip(self.dev, theirs) for step in DEV_STEPS if step < past.steps]
 
         def update(step: int) -> Update:
             rng = np.random.default_rng([settings.seed, 3, step])
             rows = [int(i) for i in rng.integers(len(pasts), size=settings.rows)]
             places = [(i, int(rng.integers(1, pasts[i].steps))) for i in rows]
-            named = ", ".join(f"{pasts[i].event.id} step {at}" for i, at in places)
+            named = ", ".join(f"{pasts[i].event.id} step {place}" for i, place in places)
             documents = [
                 pasts[i].reweighted(kind, pasts[i].batch, rng) if kind != "none" and rng.random() < settings.reweighted
-                else told(pasts, mine, i, at) for i, at in places
+                else pasts[i].told(place, mine[i][place]) for i, place in places
             ]  # fmt: skip
-            return ib_tune.policy_update(self.lm, documents, settings, job.name, named)
+            return ib_tune.policy_update(self.lm, documents, job.name, named)
 
         def select() -> float:
             with torch.no_grad(), self.lm.adapter(job.name):
@@ -243,8 +239,10 @@ class Tuner:
 
         return update, select, lambda: []
 
-    def _fields(self, name: str, job: Job, pasts: Sequence[Past], settings: Settings, until: int | None) -> list[list[str]]:
-        """The mean fields that a policy is tuned on, written once a run (to summaries/<name>.json, by event)."""
+    def _fields(
+        self, name: str, job: Job, pasts: Sequence[Past], settings: Settings, until: int | None
+    ) -> list[list[Signal | None]]:
+        """The mean fields that a policy is tuned on, by past and step, written once a run (to summaries/<name>.json, by event)."""
         path = self.run.out / "summaries" / f"{name}.json"
         if not path.exists():
             path.parent.mkdir(exist_ok=True)
@@ -252,7 +250,8 @@ class Tuner:
                 written = ib_tune.summaries(self.lm, pasts, job.mean_field, settings, until, self.progress)
             write_json(path, {past.event.id: texts for past, texts in zip(pasts, written, strict=True)})
             ranks.gather(None)  # all read the file below
-        return [read_json(path)[past.event.id] for past in pasts]
+        written = read_json(path)
+        return [[ib_tune.signal_of(text) for text in written[past.event.id]] for past in pasts]
 
 
 # ---- what tuning changed -------------------------------------------------------------------------------------------
@@ -288,8 +287,8 @@ def information_plane(
     lm: LanguageModel, dev: Sequence[Past], settings: Settings, todo: Sequence[Job], policy: str | None, sft: str
 ) -> tuple[list[dict[str, float]], dict[str, float]]:  # fmt: skip
     """(a point a job, that is a beta; the untuned mean field's), in nats a step: "kl", the bound on I(m; X, c), and "gain" in
-    action log-likelihood over the `sft` policy, an estimate of I(m; Y)."""
+    action log-likelihood of the reward's policy, told m, over the `sft` policy, told nothing: an estimate of I(m; Y)."""
     names = [None, *(job.name for job in todo)]
     found = [ib_tune.information(lm, dev, settings, name, policy, sft) for name in names]
-    untuned, *points = [{"kl": point.kl, "gain": point.reward - point.blind} for point in found]
+    untuned, *points = [{"kl": point["kl"], "gain": point["reward"] - point["blind"]} for point in found]
     return [{"beta": job.beta} | point for job, point in zip(todo, points, strict=True)], untuned

@@ -8,16 +8,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from kernels import ib_loss
 from mfllm_ref import ib_tune
 from mfllm_ref.errors import InputError
 from mfllm_ref.ib_tune import Chain, Chains, Settings, surrogate
 from mfllm_ref.lm import LanguageModel, language_model
 from mfllm_ref.lm.backbone import Backbone
 from mfllm_ref.lm.config import Config
-from mfllm_ref.society import agora
+from mfllm_ref.society import agora, prompts
 from mfllm_ref.society.annotate import RuleAnnotator
 from mfllm_ref.society.corpus import Past
+from mfllm_ref.society.events import hashed
+from mfllm_ref.training import at
 
 END, VOCAB = 0, 4
 TOPIC, PROFILES, ACTIONS = [1, 2, 3, 1], ([2], [3, 3], [1]), ([1, 2], [3], [2, 2, 1])
@@ -116,6 +117,19 @@ def test_biased_estimators_fail_the_same_test(lm, biased):
     assert (expectation(lm, 3, 2, 1.0, 1.0, biased) - truth).abs().max() > 1e-3
 
 
+def test_a_tokens_weight_is_that_of_the_equation():
+    """d surrogate / d log mu(m_j) = (A_j - the others' mean A_j) / K, A_j = sum_{l>j} k_l - beta R, and d / d k_j = 1 / K."""
+    generator, beta = torch.Generator().manual_seed(0), 2.0
+    log_prob, kl = torch.rand(2, 3, 4, generator=generator, dtype=torch.float64).requires_grad_()
+    reward = torch.rand(3, generator=generator, dtype=torch.float64)
+    weights, ones = torch.autograd.grad(surrogate(log_prob, kl, reward, beta), (log_prob, kl))
+    for j in range(4):
+        cost = kl.detach()[:, j + 1 :].sum(1) - beta * reward
+        for k in range(3):
+            assert float(weights[k, j]) == pytest.approx(float(cost[k] - (cost.sum() - cost[k]) / 2) / 3)
+    assert torch.allclose(ones, torch.full_like(ones, 1 / 3))
+
+
 def test_the_baseline_lowers_the_variance_for_rewards_far_from_zero(lm):
     log_prob, kl, reward = (t.detach() for t in terms(lm, 2))
     chosen = torch.tensor(list(itertools.product(range(len(reward)), repeat=4)))
@@ -169,11 +183,6 @@ def test_sampling_draws_from_the_model_itself(lm):
 def test_two_samples_are_the_least(lm):
     with pytest.raises(ValueError, match="2 samples"):
         surrogate(torch.zeros(1, 3), torch.zeros(1, 3), torch.zeros(1), 1.0)
-    for settings, said in ((Settings(samples=1), "--samples 1"), (Settings(beta=0.0), "--beta 0"), (Settings(beta=-1.0), "--beta -1"),
-                           (Settings(beta=math.nan), "--beta nan"), (Settings(lr=2.0), "--lr 2")):  # fmt: skip
-        with pytest.raises(InputError, match=said):
-            settings.check()
-    Settings().check()
 
 
 # ---- on texts ------------------------------------------------------------------------------------------------------
@@ -186,13 +195,17 @@ def pasts():
 
 @pytest.fixture
 def tuned(random_lm):
-    for name in ("mean-field", "policy"):
-        random_lm.add_adapter(name, rank=2, targets="all-linear", seed=0)
+    """With adapters that are neither the identity, as fresh ones are, nor one another."""
+    for seed, name in enumerate(ADAPTERS):
+        random_lm.add_adapter(name, rank=2, targets="all-linear", seed=seed)
+        for b in random_lm.adapters.parameters(name)[1::2]:
+            b.detach().normal_(std=0.3, generator=torch.Generator().manual_seed(seed))
     yield random_lm
-    for name in ("mean-field", "policy"):
+    for name in ADAPTERS:
         del random_lm.adapters.adapters[name]
 
 
+ADAPTERS = ("mean-field", "policy", "sft")
 SMALL = Settings(rows=3, micro=2, samples=2, summary_tokens=6, beta=2.0)
 
 
@@ -209,7 +222,7 @@ def test_an_update_is_the_estimator_on_its_own_samples(tuned, pasts, monkeypatch
         update = ib_tune.mean_field_update(tuned, chains, replace(settings, micro=micro), 5, "mean-field", None)
         tuned.backbone.zero_grad()
         parameters = tuned.adapters.parameters("mean-field")
-        total = sum(loss * share for loss, share, _ in (part() for part in update.parts))
+        total = sum(update.loss(slice(i, i + micro))[0] * len(range(3)[i : i + micro]) / 3 for i in range(0, 3, micro))
         gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(total, parameters)]))
     sampled = ib_tune.draw(tuned, pasts, now, 2, settings, 5, "mean-field", None)
     log_prob, kl = ib_tune.information_terms(tuned, pasts, now, sampled.ids, "mean-field")
@@ -232,16 +245,44 @@ def test_an_update_is_the_estimator_on_its_own_samples(tuned, pasts, monkeypatch
     assert float(moved.norm()) == pytest.approx(1e-3 * ib_tune.learning_rate(5, 10, 1e-2), rel=1e-3)
 
 
-def test_the_reward_is_the_log_likelihood_of_the_guided_step(tuned, pasts):
-    """R(m): the real actions of `step`, given the text of m, under the policy's adapter, end of text included."""
+def nats(lm, adapter, document):
+    """Log-likelihood of a document's actions under an adapter, one by one."""
+    with lm.adapter(adapter), torch.no_grad():
+        told, acted = [document.prefix + p for p, _ in document.branches], [a for _, a in document.branches]
+        return float(lm.log_prob(told, acted, worlds=range(len(told)), end_of_text=True).sum())
+
+
+def test_summaries_are_the_mean_fields_own_and_the_policy_rewards_them(tuned, pasts):
+    """m ~ mu under its adapter; R(m): the real actions of `step`, told m, under the policy's adapter, end of text included."""
+    assert ib_tune.as_summary(" a  b \nc") == "a b"
     now = [Chain(0, 4), Chain(2, 7, "stance: oppose 40%")]
     sampled = ib_tune.draw(tuned, pasts, now, 2, SMALL, 0, "mean-field", "policy")
     for row, chain in enumerate(now):
+        past = pasts[chain.past]
         for k in range(2):
-            document = pasts[chain.past].told(chain.step, ib_tune.signal_of(sampled.texts[row][k]))
-            expected = tuned.log_prob([document.prefix + p for p, _ in document.branches], [a for _, a in document.branches], end_of_text=True)
-            assert float(sampled.reward[row, k]) == pytest.approx(float(expected.sum()), abs=1e-9)
-            assert [a for _, a in document.branches] == [" ".join(a.text.split()) for a in pasts[chain.past].actions(chain.step)]
+            with tuned.adapter("mean-field"):
+                told, seed = past.summarise(chain.step - 1, chain.summary), hashed("ib-tune", SMALL.seed, 0, row, k)
+                assert [sampled.ids[row][k]] == tuned.sample([told], SMALL.summary_tokens, [seed])
+            assert sampled.texts[row][k] == ib_tune.as_summary(tuned.tokenizer.decode(sampled.ids[row][k]))
+            document = past.told(chain.step, ib_tune.signal_of(sampled.texts[row][k]))
+            assert float(sampled.reward[row, k]) == pytest.approx(nats(tuned, "policy", document), abs=1e-9)
+            assert [a for _, a in document.branches] == [" ".join(a.text.split()) for a in past.actions(chain.step)]
+
+
+def test_information_is_of_a_chain_under_three_adapters(tuned, pasts):
+    """KL of mu to the bare backbone told the bare instruction, R(m) under the policy, and the same actions told nothing."""
+    found = ib_tune.information(tuned, pasts[:1], SMALL, "mean-field", "policy", "sft", length=2)
+    past, expected = pasts[0], torch.zeros(3)
+    chain = ib_tune.begun(pasts, 0, 1 + hashed("dev", past.event.id) % (past.steps - 2))
+    for turn in range(2):
+        sampled = ib_tune.draw(tuned, pasts, [chain], 1, SMALL, f"dev {turn}", "mean-field", "policy")
+        with tuned.adapter("mean-field"), torch.no_grad():
+            told, bare = past.summarise(chain.step - 1, chain.summary), prompts.prior_prompt("en")
+            kl = float(tuned.ib_terms([told], sampled.ids[0], [bare]).kl.sum())
+        blind = nats(tuned, "sft", past.told(chain.step, None))
+        expected += torch.tensor([kl, float(sampled.reward), blind]) / 2
+        chain = Chain(0, chain.step + 1, sampled.texts[0][0])
+    assert found == pytest.approx(dict(zip(("kl", "reward", "blind"), expected.tolist())), rel=1e-5)
 
 
 def test_a_chain_that_begins_mid_event_is_told_the_exact_shares_before(tuned, pasts, monkeypatch):
@@ -298,12 +339,12 @@ def test_the_policy_stage_learns(tuned, pasts):
     documents = [past.policy(4, "empirical", 10) for past in pasts]
     weights = [p.clone() for p in tuned.backbone.parameters()]
     optimizer = torch.optim.AdamW(tuned.adapters.parameters("policy"), lr=2e-2)
+    with tuned.adapter("policy"), torch.no_grad():
+        reward, tokens = ib_tune.log_likelihood(tuned, documents)
     rows = [
-        ib_tune.apply(tuned, ib_tune.policy_update(tuned, documents, settings, "policy", "it"), optimizer, step, settings)
+        ib_tune.apply(tuned, ib_tune.policy_update(tuned, documents, "policy", "it"), optimizer, step, settings)
         for step in range(8)
     ]
-    with tuned.adapter(None):
-        reward, tokens = ib_tune.log_likelihood(tuned, documents)  # an adapter begins as the identity
     assert rows[0]["reward"] == -rows[0]["loss"] == pytest.approx(float(reward.mean()))
     assert rows[0]["action_nll"] == pytest.approx(-float(reward.sum() / tokens.sum()))
     assert rows[-1]["loss"] < rows[0]["loss"] - 1 and rows[-1]["action_nll"] < rows[0]["action_nll"]
@@ -331,7 +372,7 @@ def test_mixed_precision_has_nearly_the_gradient_of_float32_and_an_exact_kl(rand
             settings = replace(SMALL, mixed=mixed, clip=1e9)
             parameters = lm.adapters.parameters(name)
             if name == "policy":
-                update = ib_tune.policy_update(lm, documents, settings, name, "it")
+                update = ib_tune.policy_update(lm, documents, name, "it")
             else:
                 update = ib_tune.mean_field_update(lm, Chains(pasts, 3, 0), settings, 5, name, None)
             ib_tune.apply(lm, update, torch.optim.SGD(parameters, lr=1e-30), 0, settings)
@@ -344,10 +385,12 @@ def test_a_loss_that_is_not_finite_stops_before_anything_moves(tuned, pasts):
     parameters = tuned.adapters.parameters("policy")
     optimizer = torch.optim.AdamW(parameters, lr=1e-2)
     before = [p.detach().clone() for p in parameters]
-    parts = [lambda: (parameters[0].sum() * 0 + 1, 0.5, {}), lambda: (parameters[0].sum() * math.nan, 0.5, {})]
+    update = ib_tune.Update(2, lambda some: (parameters[0].sum() * (math.nan if some.start else 1), {}), dict, "event e step 3")
     with pytest.raises(FloatingPointError, match=r"nan at step 7 \(event e step 3\)"):
-        ib_tune.apply(tuned, ib_tune.Update(parts, dict, "event e step 3"), optimizer, 7, Settings())
+        ib_tune.apply(tuned, update, optimizer, 7, Settings(micro=1))
     assert all(torch.equal(p, q) for p, q in zip(before, parameters, strict=True))
+    with pytest.raises(InputError, match=r"positions at step 7 \(event e step 3\)"), at(7, "event e step 3"):
+        tuned.log_prob([[5] * 10**4], [[5]])
 
 
 def test_the_learning_rate_warms_up_and_falls_along_a_cosine():
@@ -355,10 +398,3 @@ def test_the_learning_rate_warms_up_and_falls_along_a_cosine():
     assert rates[0] == pytest.approx(0.1) and max(rates) == pytest.approx(1.0) and 0 < rates[-1] < 0.001
     assert rates[55] == pytest.approx(0.5) and all(a > b for a, b in itertools.pairwise(rates[10:]))
     assert ib_tune.learning_rate(0, 1, 1.0) == 1.0
-
-
-def test_ib_loss_is_what_the_language_model_calls(lm, monkeypatch):
-    called = []
-    monkeypatch.setattr("mfllm_ref.lm.language_model.ib_loss", lambda *a: called.append(a) or ib_loss(*a))
-    lm.ib_terms([TOPIC], [[1, END]], [[1]])
-    assert len(called) == 1

@@ -119,7 +119,7 @@ def test_a_run_writes_adapters_logs_and_pictures_and_resumes_to_the_same_bytes(o
     for name in adapters:
         lm.load_adapter(name, whole / name)
     assert written == ["mean-field"] * 2 + [None] * 2, "a policy's summaries are the tuned mean field's, of train and dev events"
-    for _, documents, _, adapter, named in learned:
+    for _, documents, adapter, named in learned:
         if adapter != "empirical-sft":
             texts = json.loads((whole / "summaries" / f"{adapter}.train.json").read_text())
             for document, (event, step) in zip(documents, (place.split(" step ") for place in named.split(", ")), strict=True):
@@ -166,6 +166,26 @@ def test_a_run_writes_adapters_logs_and_pictures_and_resumes_to_the_same_bytes(o
     assert door(*options, *more, "--out", cut, "--resume")[0] == 0, "a finished run stays as it is"
 
 
+def test_the_version_selected_before_a_break_is_the_one_kept(options, tmp_path, monkeypatch, door):
+    more = [*options, "--stage", "sft", "--method", "sft", "--steps", "2,2", "--save-every", 3]
+    assert door(*more, "--out", tmp_path / "plain")[0] == 0
+    losses = [json.loads(line)["dev_loss"] for line in open(tmp_path / "plain" / "log.jsonl")]
+    monkeypatch.setattr(tuning, "finite", lambda what, value: abs(value - losses[1]))  # of five versions the second is the best
+    assert door(*more, "--out", tmp_path / "whole")[0] == 0
+    save = tuning.save_state
+
+    def interrupted(*arguments, **groups):
+        save(*arguments, **groups)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tuning, "save_state", interrupted)
+        assert door(*more, "--out", tmp_path / "cut")[0] == 130
+    assert door(*more, "--out", tmp_path / "cut", "--resume")[0] == 0
+    plain, whole, cut = ((tmp_path / name / "sft" / "adapter_model.safetensors").read_bytes() for name in ("plain", "whole", "cut"))
+    assert whole == cut != plain
+
+
 def test_several_betas_draw_the_information_plane(options, tmp_path, monkeypatch, door):
     assert door(*options, "--stage", "sft", "--method", "sft", "--out", tmp_path / "sft")[0] == 0
     sft = tmp_path / "sft" / "sft"
@@ -179,8 +199,11 @@ def test_several_betas_draw_the_information_plane(options, tmp_path, monkeypatch
     assert scored == {(int, "policy"), (str, "policy")}, "that policy's likelihood is the reward, in updates and in selection"
     record = json.loads((out / "run.json").read_text())
     for point, measured in zip([record["untuned"], *record["plane"]], found[-3:], strict=True):
-        assert point["gain"] == measured.reward - measured.blind != 0
+        assert point["gain"] == measured["reward"] - measured["blind"] != 0
     assert [point["beta"] for point in record["plane"]] == [0.1, 10.0]
+    first = {row["stage"]: row["dev_loss"] for row in map(json.loads, open(out / "log.jsonl")) if row.get("step") == 0}
+    for place, beta in (("beta-0.1/mean-field", 0.1), ("beta-10/mean-field", 10.0)):  # fresh adapters, so L_mu of the untuned one
+        assert first[place] == pytest.approx(found[-3]["kl"] - beta * found[-3]["reward"])
     assert all(point["kl"] > 0 for point in (*record["plane"], record["untuned"]))
     assert (out / "information_plane.png").stat().st_size > 5000
     assert (out / "beta-10" / "mean-field" / "adapter_config.json").exists()
@@ -190,9 +213,9 @@ def test_half_of_the_populations_are_made_up_where_half_are_asked_for(data, opti
     """Made-up populations are no real steps, and an agent who is told nothing has none."""
     seen, update = {}, ib_tune.policy_update
 
-    def watched(lm, documents, settings, adapter, named):
+    def watched(lm, documents, adapter, named):
         seen.setdefault(adapter, []).extend(documents)
-        return update(lm, documents, settings, adapter, named)
+        return update(lm, documents, adapter, named)
 
     monkeypatch.setattr(ib_tune, "policy_update", watched)
     methods = ["--stage", "sft", "--method", "sft,recent-sft", "--steps", 1, "--rows", 8, "--micro", 8]
@@ -243,6 +266,7 @@ def test_numbers_that_become_nan_name_step_and_batch_and_leave_the_best_adapter(
 
 @pytest.mark.parametrize(("arguments", "said"), [
     (["--beta", "0"], "--beta 0"), (["--beta", "1,-2", "--stage", "mean-field"], "--beta -2"), (["--beta", "x"], "--beta"),
+    (["--beta", "nan"], "--beta nan"),
     (["--samples", "1"], "--samples 1"), (["--method", "state"], "--method"), (["--stage", "policy"], "--mean-field-adapter"),
     (["--stage", "sft", "--policy-adapter", "x"], "--policy-adapter x: stage sft reads none"),
     (["--leave-out", "nobody"], "--leave-out nobody"), (["--split", "nowhere"], "nowhere"), (["--clip", "0"], "--clip 0"),

@@ -131,9 +131,7 @@ class LanguageModel:
             raise InputError(f"{len(seeds)} seeds for {len(prompts)} prompts")
         options = (max_new_tokens, float(temperature), int(top_k), float(top_p), float(repetition_penalty), stop)
         written = self._generate_ids(prompts, seeds, worlds, adapters, False, *options)
-        eos = set(self.tokenizer.eos_ids)
-        texts = self._texts([np.array(ids[:-1] if ids and ids[-1] in eos else ids, dtype=np.int64) for ids in written])
-        return [text[: min((text.find(s) for s in stop if s in text), default=None)] for text in texts]
+        return [text[: min((text.find(s) for s in stop if s in text), default=None)] for text in self.texts(written)]
 
     @torch.no_grad()
     def sample(
@@ -144,6 +142,11 @@ class LanguageModel:
         it was reached. For gradients through log-probabilities, which need the very tokens drawn: text encoded anew may
         have others. Arguments and errors as in `generate`."""
         return self._generate_ids(prompts, seeds, worlds, None, True, max_new_tokens, 1.0, 0, 1.0, 1.0, ())
+
+    def texts(self, written: Sequence[Sequence[int]]) -> list[str]:
+        """What tokens that `sample` drew say: end of text, special ids and those beyond the tokenizer's vocabulary say nothing."""
+        eos = set(self.tokenizer.eos_ids)
+        return self._texts([np.array(ids[:-1] if ids and ids[-1] in eos else ids, dtype=np.int64) for ids in written])
 
     def _generate_ids(
         self, prompts: Sequence[Prompt], seeds: Sequence[int] | None, worlds: Sequence[Hashable] | None,

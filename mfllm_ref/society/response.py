@@ -49,8 +49,8 @@ def response_curves(
 ) -> dict[str, list[float]]:  # fmt: skip
     """Per dimension, the share of simulated actions that carry its WATCHED label when the signal states each of LEVELS.
 
-    The topic and the posts are those of `pasts` at `step` (or their last one), the population is that of `with_share`; `agents` of each
-    event, as far as it has them, act at each level.
+    The topic and the posts are those of `pasts` at `step` (or their last one), the population is that of `with_share`;
+    `agents` of each event, as far as it has them, act at each level.
     """
     told, seeds, keys = [], [], []
     for past in pasts:
@@ -61,20 +61,20 @@ def response_curves(
                 document = past.told(at, Signal("population", (words,)), agents)
                 told += [document.prefix + private for private, _ in document.branches]
                 seeds += [hashed("response", past.event.id, dimension, level, seen.id) for seen in past.actions(at, agents)]
-                keys += [(past.event.id, dimension, level)] * len(document.branches)
+                keys += [(past.event.id, past.event.language, dimension, level)] * len(document.branches)
     with lm.adapter(adapter):
         written = lm.generate(told, action_tokens, seeds=seeds, stop=("\n",), worlds=keys)
-    acted = annotate([text.strip() for text in written], pasts[0].event.language)
     followed: dict[tuple[str, float], list[bool]] = {}
-    for (_, dimension, level), labels in zip(keys, acted, strict=True):
+    for (_, language, dimension, level), text in zip(keys, written, strict=True):
+        (labels,) = annotate([text.strip()], language)
         followed.setdefault((dimension, level), []).append(labels[dimension] == WATCHED[dimension])
     return {d: [float(np.mean(followed[d, level])) for level in LEVELS] for d in WATCHED}
 
 
 def true_response(pasts: Sequence[Past], step: int = 5, draws: int = 4) -> dict[str, list[float]]:
     """The response of agora's own process, in the shape of `response_curves`: the expected share of each WATCHED label
-    among the ten agents from `step` (or the last one) on, if the population were that of `with_share` at each of LEVELS. Its agents react to the stances
-    in it, and to nothing else. Raises InputError for events that are not agora's.
+    among the ten agents from `step` (or the last one) on, if the population were that of `with_share` at each of LEVELS. Its
+    agents react to the stances in it, and to nothing else. Raises InputError for events that are not agora's.
     """
     shares: dict[str, np.ndarray] = {d: np.zeros(len(LEVELS)) for d in WATCHED}
     for past in pasts:
