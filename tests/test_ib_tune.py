@@ -269,6 +269,14 @@ def test_summaries_are_the_mean_fields_own_and_the_policy_rewards_them(tuned, pa
             assert [a for _, a in document.branches] == [" ".join(a.text.split()) for a in past.actions(chain.step)]
 
 
+def test_ids_beyond_the_tokenizers_say_nothing(tuned, pasts, monkeypatch):
+    """As a backbone whose vocabulary is padded beyond its tokenizer's may draw, Qwen2's for one."""
+    known = tuned.tokenizer.encode("stance: oppose 40%")
+    monkeypatch.setattr(tuned, "sample", lambda prompts, *_: [[*known, tuned.tokenizer.vocab_size + 7] for _ in prompts])
+    sampled = ib_tune.draw(tuned, pasts, [Chain(0, 4)], 2, SMALL, 0, "mean-field", "policy")
+    assert sampled.texts == [["stance: oppose 40%"] * 2]
+
+
 def test_information_is_of_a_chain_under_three_adapters(tuned, pasts):
     """KL of mu to the bare backbone told the bare instruction, R(m) under the policy, and the same actions told nothing."""
     found = ib_tune.information(tuned, pasts[:1], SMALL, "mean-field", "policy", "sft", length=2)

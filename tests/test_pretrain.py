@@ -1,6 +1,7 @@
 import copy
 import json
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,9 @@ from mfllm_ref.packing import collate
 from mfllm_ref.society import agora, prompts
 from mfllm_ref.society.annotate import RuleAnnotator
 from mfllm_ref.society.corpus import Corpus, Mixture, Past
+from mfllm_ref.society.events import DIMENSIONS
 from mfllm_ref.society.readers import load_events, write_events
+from mfllm_ref.society.signals import parse
 
 TEXTS = st.text(alphabet=st.characters(codec="utf-8"), max_size=60) | st.sampled_from(
     ["<0x41>", "<|endoftext|>", "转发微博[哈哈]", "\u2028\x00", "43% of 100% 5%", "🕯️"]
@@ -63,6 +66,15 @@ def test_a_label_and_its_share_are_one_piece():
     assert trained.encode(" oppose 05% neutral 100%").tokens == [" oppose 05%", " neutral 100%"]
 
 
+def test_a_tokenizer_is_trained_on_populations_in_every_events_language():
+    event = agora.event("train", 0)
+    both = [replace(event, id=language, language=language, actions=event.actions[:40]) for language in ("en", "zh")]
+    texts = list(pretrain.sample_texts(Corpus(2, RuleAnnotator(), 10, Mixture(), both.__getitem__), 20, 0))
+    for language in ("en", "zh"):
+        populations = sum(parse(text, language).keys() == DIMENSIONS.keys() for text in texts)
+        assert populations >= 10 * pretrain.POPULATIONS, language
+
+
 @pytest.mark.parametrize("mixed", [True, False])
 def test_an_update_weighs_a_summarys_tokens_more(mixed):
     """Loss and gradient are those of the mean over all learned tokens, a summary's counting SUMMARY_WEIGHT times, of products
@@ -95,7 +107,7 @@ def test_dropout_is_noise_of_the_step_while_training_and_nothing_after():
     backbone = Backbone(pretrain.config_for("qwen2", pretrain.Shape(32, 2, 4, 2, 48, 0), tokenizer.vocab_size))
 
     def losses(dropout, start):
-        trained, plan = copy.deepcopy(backbone), pretrain.Settings(steps=4, rows=2, dropout=dropout)
+        trained, plan = copy.deepcopy(backbone), pretrain.Settings(steps=4, rows=2, seed=2**62, dropout=dropout)
         steps = pretrain.train_steps(trained, tokenizer, corpus, plan, start, [])  # nothing is learned
         return [row["loss"] for row in steps], LanguageModel(trained, tokenizer)
 

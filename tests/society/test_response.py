@@ -1,5 +1,6 @@
 """What a population is said to do, and what agora's own process would do then."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -48,6 +49,20 @@ def test_an_event_shorter_than_the_step_acts_at_its_last_one(random_lm):
     curves = response_curves(random_lm, [short], RuleAnnotator(), action_tokens=4)
     assert all(len(curve) == len(LEVELS) and all(3 * share in (0, 1, 2, 3) for share in curve) for curve in curves.values())
     assert curves.keys() == WATCHED.keys() == true_response([short]).keys()
+
+
+def test_what_agents_write_is_annotated_in_their_events_language():
+    event = replace(PASTS[0].event, actions=PASTS[0].event.actions[:40])
+    both = [Past(replace(event, id=language, language=language), RuleAnnotator(), 10) for language in ("en", "zh")]
+
+    class Angry:
+        def adapter(self, name):
+            return nullcontext()
+
+        def generate(self, told, *_, worlds, **__):
+            return ["我很愤怒！" if world[0] == "zh" else "I am furious!" for world in worlds]
+
+    assert response_curves(Angry(), both, RuleAnnotator())["sentiment_state"] == [1.0] * len(LEVELS)
 
 
 def test_agoras_true_response_follows_the_stances_it_is_told():
