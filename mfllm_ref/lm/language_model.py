@@ -4,8 +4,8 @@ Notable:
 - Prompts of one world begin alike (topic, posts, signal). Their longest common token prefix is run through the backbone
   once, and every agent of the world attends to it (kernels.agent_attention). Each prompt keeps its last token outside.
 - Decoding runs all agents of all worlds in one batch, one token a step. Rows of finished agents are dropped as soon as
-  they are over an eighth of the batch (in bfloat16 on a CPU in multiples: `worlds.grain`). On a GPU steps are replayed as a
-  CUDA graph (`graphs`), and half of the batch may have finished before a new one is recorded.
+  they are over an eighth of the batch. On a GPU steps are replayed as a CUDA graph (`graphs`), and half of the batch may have
+  finished before a new one is recorded.
 - Work is cut into chunks that bound memory. The cut depends on lengths and options only, never on the machine or on how
   many processes share the chunks (`ranks`).
 """
@@ -82,8 +82,7 @@ class LanguageModel:
         self.adapters.add(name, rank, alpha, targets, seed, **options)
 
     def load_adapter(self, name: str, path: str | Path, trainable: bool = False) -> None:
-        """An adapter from a PEFT folder. Raises InputError if it is damaged or does not fit. A regular expression in its
-        target_modules is run as it stands, as PEFT does: one made to take forever does."""
+        """An adapter from a PEFT folder, see `lora.Adapters.load`. Raises InputError if it is damaged or does not fit."""
         self.adapters.load(name, path, trainable)
 
     def save_adapter(self, name: str, path: str | Path) -> None:
@@ -214,11 +213,9 @@ class LanguageModel:
         continuation's end. Differentiable in log_prob and kl. Raises InputError as `generate` does and for an adapter of the head,
         which the bare backbone shares, FloatingPointError as `log_prob` does."""
         if not len(prompts) == len(continuations) == len(prior_prompts) > 0:
-            counts = f"{len(prompts)} prompts, {len(continuations)} continuations and {len(prior_prompts)} prior prompts"
-            raise InputError(f"{counts}: as many of each were expected, at least one")
-        active = self.adapters.active
-        if active is not None and "lm_head" in self.adapters.adapters[active].layers:
-            raise InputError(f"adapter {active!r} adapts lm_head, which ib_terms needs frozen")
+            raise InputError(f"{len(prompts)} prompts, {len(continuations)} continuations and {len(prior_prompts)} prior prompts")
+        if self.adapters.adapts("lm_head"):
+            raise InputError(f"adapter {self.adapters.active!r} adapts lm_head, which ib_terms needs frozen")
         targets = self._encode(continuations)
         flat = self._flat_hidden(prompts, targets, worlds)
         with self.adapter(None), torch.no_grad():
@@ -227,8 +224,7 @@ class LanguageModel:
         target = torch.tensor([t for row in targets for t in row], device=self.device, dtype=torch.int64)
         with torch.autocast(self.device.type, enabled=False):  # an exact KL is worth its price
             terms = ib_loss(flat, prior, self.backbone.lm_head.weight.detach(), target)
-        for term in terms:
-            check_finite(term.detach())
+        check_finite(torch.stack(terms).detach())
         return IBTerms(*(pad_sequence(term.split(sizes), batch_first=True) for term in terms))
 
     def _flat_hidden(
@@ -265,8 +261,7 @@ class LanguageModel:
         return rows
 
     def _prompt_ids(self, prompts: Sequence[Prompt], targets: Sequence[Sequence[int]] | None = None) -> list[list[int]]:
-        bos = self.tokenizer.bos_id
-        ids = self._encode(prompts, () if bos is None else (bos,))
+        ids = self._encode(prompts, () if self.tokenizer.bos_id is None else (self.tokenizer.bos_id,))
         limit = self.backbone.config.max_positions
         for i, row in enumerate(ids):
             length = len(row) + (len(targets[i]) if targets is not None else 0)
@@ -349,10 +344,9 @@ class LanguageModel:
                 keep = torch.from_numpy(rows).to(device)
                 cache_k, cache_v = (cache.index_select(1, keep) for cache in (cache_k, cache_v))
                 prefixes, world = prefixes.keep(world[rows])
-                lengths, row_of, alive, chosen = lengths[rows], row_of[rows], alive[rows], chosen[keep]
-                adapter = adapter[rows]
+                lengths, row_of, alive, adapter = (x[rows] for x in (lengths, row_of, alive, adapter))
+                seen, chosen, feed = None if seen is None else seen[keep], chosen[keep], None
                 self.adapters.mix(names, adapter)
-                seen, feed = None if seen is None else seen[keep], None
             if lengths.max() + step + 1 > cache_k.shape[3]:
                 cache_k, cache_v = (F.pad(cache, (0, 0, 0, GROWTH)) for cache in (cache_k, cache_v))
             if feed is None or not graphs:
@@ -362,15 +356,13 @@ class LanguageModel:
 
     def _texts(self, batch: np.ndarray | Sequence[np.ndarray]) -> list[str]:
         """Decoded ids. A backbone's vocabulary is often padded beyond the tokenizer's: ids from there have no text."""
-        known = self.tokenizer.vocab_size
-        return self.tokenizer.decode_batch([ids[ids < known].tolist() for ids in batch])
+        return self.tokenizer.decode_batch([ids[ids < self.tokenizer.vocab_size].tolist() for ids in batch])
 
     def _score(self, ids: list[list[int]], targets: list[list[int]], chunk: list[World]) -> Tensor:
         """log_prob of a chunk's agents, in the chunk's order."""
         agents = members(chunk)
         total = torch.zeros(len(agents), dtype=torch.promote_types(self.dtype, torch.float32), device=self.device)
-        active = self.adapters.active  # an adapted head cannot be run again later: its adapter may then be off
-        adapted = active is not None and "lm_head" in self.adapters.adapters[active].layers
+        adapted = self.adapters.adapts("lm_head")  # such a head cannot be run again later: its adapter may then be off
         rows_a_time = max(1, LOGITS // 4 // self.backbone.config.vocab_size)
         for some, hidden in self._hidden(ids, targets, chunk):
             sizes = [len(targets[agents[i]]) for i in some]

@@ -91,7 +91,8 @@ class Adapters:
 
     def load(self, name: str, path: str | Path, trainable: bool = False) -> None:
         """The adapter in the PEFT folder `path`. Raises InputError, naming option or tensor, if it is damaged, for
-        another backbone, or uses what is not implemented here."""
+        another backbone, or uses what is not implemented here. A regular expression in target_modules is run
+        as it stands, as PEFT does: one made to take forever does."""
         folder = Path(path)
         options = read_object(folder / CONFIG, required=True)
         scales = self._new(name, options, str(folder / CONFIG))
@@ -124,6 +125,10 @@ class Adapters:
     def parameters(self, name: str) -> list[nn.Parameter]:
         """The adapter's A and B, layer by layer, for an optimiser."""
         return [tensor for a, b, _ in self._get(name).layers.values() for tensor in (a, b)]
+
+    def adapts(self, path: str) -> bool:
+        """Whether the active adapter changes the module of that path."""
+        return self.active is not None and path in self.adapters[self.active].layers
 
     def activate(self, name: str | None) -> None:
         """Make `name` the one active adapter (None: the bare backbone). Undoes a merge."""
