@@ -67,9 +67,9 @@ def _nucleus(logits: Tensor, top_p: float) -> Tensor:
         if not kept[:, -1].any():
             break
     count = kept.sum(dim=-1, keepdim=True)
-    stays = logits >= ordered.gather(1, count - 1)
+    last = ordered.gather(1, count - 1)
+    stays = logits >= last
     if (stays.sum(dim=-1, keepdim=True) > count).any():  # more tokens equal the last than there is room for
-        last = ordered.gather(1, count - 1)
         above, equal = logits > last, logits == last
         stays = above | equal & (equal.cumsum(dim=-1) <= count - above.sum(dim=-1, keepdim=True))
     return logits.masked_fill(~stays, -torch.inf)
