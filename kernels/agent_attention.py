@@ -87,7 +87,7 @@ def agent_attention(
     together. Unused slots may hold NaN. Differentiable where an input requires grad. Keys and values of another dtype than q's
     are converted. Triton's products are of q's dtype, summed in float32. PyTorch computes float16 in float32. In
     bfloat16 it rounds scores (less that of one key, so their level is of no account if there is a prefix) before a softmax in
-    float32: the relative error, of norms, is 0.5% where scores spread by one nat and 1% where they spread by 3 to 10.
+    float32: the relative error, of norms, is 0.5% where scores spread by one nat and about 1% where they spread by 3 to 10.
 
     plan: what `Plan` makes of the same lengths and window, where many calls share them. Its lengths count then: of those given
     here only the shapes are checked. Raises ValueError for lengths, shapes and devices that do not fit together, and for a
@@ -123,7 +123,7 @@ def agent_attention(
         unused = torch.arange(x.shape[2], device=x.device) >= length.to(x.device)[:, None]
         clean.append(x.masked_fill(unused[:, None, :, None], 0))
     out = _grouped(plan, *clean).to(q.dtype)
-    return out if plan.prefix.any() else out + _nothing(inputs)
+    return out + _nothing(inputs)  # agents may read no prefix, or nobody those of some worlds
 
 
 def _check(inputs: tuple[Tensor, ...], prefix_len: Tensor, suffix_len: Tensor, world: Tensor) -> None:

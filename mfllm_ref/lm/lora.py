@@ -28,6 +28,7 @@ from mfllm_ref.lm.checkpoint import locate_tensors, read_object, read_tensor, sa
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 ALL_LINEAR = "all-linear"  # PEFT's name for every linear layer but the head
+HEAD = "base_model.model.lm_head.base_layer.weight"  # PEFT saves the head, too, where an adapter is of it
 # What decides the result and is honoured, with PEFT's defaults ...
 HONOURED: dict[str, Any] = {
     "r": 8, "lora_alpha": 8, "target_modules": None, "exclude_modules": None, "rank_pattern": {}, "alpha_pattern": {},
@@ -91,8 +92,9 @@ class Adapters:
 
     def load(self, name: str, path: str | Path, trainable: bool = False) -> None:
         """The adapter in the PEFT folder `path`. Raises InputError, naming option or tensor, if it is damaged, for
-        another backbone, or uses what is not implemented here. A regular expression in target_modules is run
-        as it stands, as PEFT does: one made to take forever does."""
+        another backbone (a head's adapter may come with the head: then it must be this one's), or uses what is not
+        implemented here. A regular expression in target_modules is run as it stands, as PEFT does: one made to take
+        forever does."""
         folder = Path(path)
         options = read_object(folder / CONFIG, required=True)
         scales = self._new(name, options, str(folder / CONFIG))
@@ -101,7 +103,11 @@ class Adapters:
             linear = self._linear(layer)
             a, b = _keys(layer)
             expected |= {a: (rank, linear.in_features), b: (linear.out_features, rank)}
-        stored = locate_tensors([folder / WEIGHTS], expected)
+        head = self._merged.get("lm_head", self.backbone.lm_head.weight)
+        heads = {HEAD: tuple(head.shape)} if "lm_head" in scales else {}
+        stored = locate_tensors([folder / WEIGHTS], expected, optional=heads)
+        if HEAD in stored and not torch.equal(read_tensor(stored[HEAD], HEAD, heads[HEAD], head.device, head.dtype), head):
+            raise InputError(f"{stored[HEAD]}: tensor {HEAD!r} is not the backbone's head")
         layers: dict[str, Low] = {}
         for layer, (_, scale) in scales.items():
             device, dtype = self._linear(layer).weight.device, _dtype(self._linear(layer))

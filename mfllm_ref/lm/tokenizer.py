@@ -198,7 +198,10 @@ class _Json(_Model):
             decoder = config.get("added_tokens_decoder")
             entries = decoder.values() if isinstance(decoder, dict) else ()
             flagged = [entry for entry in entries if isinstance(entry, dict) and entry.get("special") is True]
-            special = {text for token in [*map(names.get, NAMED), *flagged] if (text := _content(token)) is not None}
+            extra = names.get("extra_special_tokens")
+            named = (names | extra if isinstance(extra, dict) else names).items()  # a model's own, image_token say, too
+            given = [token for key, token in named if key.endswith("_token")]
+            special = {text for token in [*given, *flagged] if (text := _content(token)) is not None}
             self.full.add_special_tokens(sorted(text for text in special if self.full.token_to_id(text) is not None))
             self.full.no_truncation()
             self.full.no_padding()
@@ -206,7 +209,8 @@ class _Json(_Model):
                 token.content: Added(id, token.special, token.lstrip, token.rstrip, token.single_word)
                 for id, token in self.full.get_added_tokens_decoder().items()
             }
-            plain = json.dumps(_without_added(spec, self.added))
+            spec, self.parts = _without_added(spec, self.added)
+            plain = json.dumps(spec)
             self.plain = tokenizers.Tokenizer.from_str(plain)
             once = re.sub(r'("prepend_scheme": )"first"', r'\1"never"', plain)
             self.later = self.plain if once == plain else tokenizers.Tokenizer.from_str(once)
@@ -223,7 +227,10 @@ class _Json(_Model):
 
     def encode(self, texts: list[str], first: bool = True) -> list[list[int]]:
         encoder = self.plain if first else self.later
-        return [encoding.ids for encoding in encoder.encode_batch(texts, add_special_tokens=False)]
+        batch = [encoding.ids for encoding in encoder.encode_batch(texts, add_special_tokens=False)]
+        if not self.parts:
+            return batch
+        return [[part for id in ids for part in self.parts.get(id, (id,))] for ids in batch]
 
     def decode(self, batch: list[list[int]]) -> list[str]:
         return self.full.decode_batch(batch, skip_special_tokens=True)
@@ -244,16 +251,23 @@ def _merges(model: dict[str, Any]) -> list[Sequence[str]]:
     return [merge.split(" ") if isinstance(merge, str) else merge for merge in model.get("merges", [])]
 
 
-def _without_added(spec: dict[str, Any], added: dict[str, Added]) -> dict[str, Any]:
-    """A tokenizer.json's content such that no text gives an added token's id.
+def _without_added(spec: dict[str, Any], added: dict[str, Added]) -> tuple[dict[str, Any], dict[int, list[int]]]:
+    """A tokenizer.json's content and what to put for some of its ids, such that no text gives an added token's id.
 
-    Often an added token is an item of the text model's vocabulary as well. There it is renamed to what no text
-    contains, and merges that make or use it go; a text that does not contain the token never used them. A single
-    character stays: without it, text could not be spelt.
+    Often an added token is an item of the text model's vocabulary as well. One that merges make stays, as longer items
+    may be made of it, and gives way to its parts; any other is renamed to what no text contains. A single character stays
+    what it is: without it, text could not be spelt.
     """
     model = dict(spec["model"])
+    infix, merges = model.get("continuing_subword_prefix") or "", _merges(model)
     nonce = secrets.token_hex(16)
-    names = {token: f"{nonce}{added[token].id}" for token in added if len(token) > 1}
+    names: dict[str, str] = {}
+    while True:
+        made = {a + b.removeprefix(infix): (a, b) for a, b in merges if a + b.removeprefix(infix) != model.get("unk_token")}
+        if not (unmade := [token for token in added if len(token) > 1 and token not in names and token not in made]):
+            break
+        names |= {token: f"{nonce}{added[token].id}" for token in unmade}
+        merges = [[a, b] for a, b in merges if not {a, b, a + b.removeprefix(infix)} & names.keys()]
     if isinstance(model["vocab"], dict):
         model["vocab"] = {names.get(token, token): id for token, id in model["vocab"].items()}
     else:  # Unigram: [piece, score] by id
@@ -261,11 +275,14 @@ def _without_added(spec: dict[str, Any], added: dict[str, Added]) -> dict[str, A
     if isinstance(model.get("unk_token"), str):
         model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
     if "merges" in model:
-        infix = model.get("continuing_subword_prefix") or ""
-        model["merges"] = [
-            [a, b] for a, b in _merges(model) if not {a, b, a + b.removeprefix(infix)} & names.keys()
-        ]  # fmt: skip
-    return {**spec, "model": model, "added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
+        model["merges"] = merges
+    again = {token: made[token] for token in added if token in made}
+
+    def spelt(token: str) -> list[int]:
+        return [id for part in again[token] for id in spelt(part)] if token in again else [model["vocab"][token]]
+
+    parts = {model["vocab"][token]: spelt(token) for token in again}
+    return {**spec, "model": model, "added_tokens": [], "post_processor": None, "truncation": None, "padding": None}, parts
 
 
 class _SentencePiece(_Model):

@@ -290,6 +290,13 @@ def test_nothing_to_see_is_legal(function, sizes):
         assert gradient.shape == case[name].shape and gradient.isfinite().all()
 
 
+def test_a_prefix_that_nobody_reads_has_a_gradient_of_zero():
+    case = make([1, 0, 0], 2, 4, 3)
+    case["prefix_len"] = torch.tensor([0, 0, 3], dtype=torch.int32)
+    inputs = [case[name].requires_grad_() for name in ARGUMENTS]
+    assert not any(torch.autograd.grad(agent_attention(**case).sum(), inputs)[i].any() for i in (1, 2))
+
+
 def test_a_plan_made_once_serves_many_layers(path):
     case = make([3, 2], 2, 5, 4, dtype=torch.float32, seed=5)
     plan = Plan(4, 2, case["prefix_len"], 5, case["suffix_len"], 4, case["world"], window=3, device=path)

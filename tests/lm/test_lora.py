@@ -28,6 +28,7 @@ OPTIONS: dict[str, dict] = {
     "path": {"target_modules": ["model.layers.1.mlp.up_proj", "self_attn.q_proj"]},
     "regex": {"target_modules": r"model\.layers\.[02]\.(self_attn\.[qk]|mlp\.gate)_proj"},
     "all-linear": {"target_modules": "all-linear"},
+    "head": {"target_modules": ["lm_head", "q_proj"]},  # peft saves the whole head as well
     "exclude list": {"target_modules": "all-linear", "exclude_modules": ["q_proj", "model.layers.0.mlp.up_proj"]},
     "exclude regex": {"target_modules": ["q_proj"], "exclude_modules": r".*\.1\..*"},
     "rslora": {"r": 4, "lora_alpha": 6, "use_rslora": True, "target_modules": ["q_proj", "up_proj"]},
@@ -296,3 +297,17 @@ def test_names_must_be_new_to_add_and_known_to_use(tmp_path: Path) -> None:
     ):  # fmt: skip
         with pytest.raises(InputError):
             misuse()
+
+
+def test_an_adapter_that_brings_another_head_is_refused(tmp_path: Path) -> None:
+    """While another adapter is merged, the head to compare with is still the backbone's own."""
+    model, backbone = pair()
+    peft.get_peft_model(model, peft.LoraConfig(target_modules=["lm_head"])).save_pretrained(tmp_path)
+    adapters = Adapters(backbone)
+    adapters.load("a", tmp_path)
+    shake(adapters, "a")
+    adapters.merge("a")
+    adapters.load("b", tmp_path)
+    weights(lambda t: t["base_model.model.lm_head.base_layer.weight"].mul_(2))(tmp_path)
+    with pytest.raises(InputError, match="lm_head.base_layer.weight' is not the backbone's head"):
+        adapters.load("c", tmp_path)

@@ -1,0 +1,53 @@
+"""BPE merges of a tokenizer.json: those that are refused, and those that lead to an added token or through one."""
+
+import json
+
+import pytest
+import tokenizers as tk
+import transformers
+
+from mfllm_ref.errors import InputError
+from mfllm_ref.lm.tokenizer import Tokenizer
+
+
+@pytest.mark.parametrize("prefix", ["x", "xx", "\u00e9", "x" * 300])
+@pytest.mark.parametrize("joined", [True, False])
+def test_a_merge_that_does_not_continue_with_the_prefix_is_refused(prefix, joined, tmp_path):
+    """`tokenizers` panics on some such files, which ends the process, and misreads the others."""
+    vocab = {piece: i for i, piece in enumerate(["a", "b", "\u4f60", "ab", "a\u4f60", f"{prefix}b", f"a{prefix}b"])}
+    model = {"type": "BPE", "continuing_subword_prefix": prefix, "vocab": vocab}
+    for merges in ([["a", "b"]], [["a", "\u4f60"]], [["a", f"{prefix}b"], ["a", "b"]]):
+        written = [" ".join(merge) for merge in merges] if joined else merges
+        (tmp_path / "tokenizer.json").write_text(json.dumps({"model": model | {"merges": written}}))
+        with pytest.raises(InputError, match="tokenizer.json: not a tokenizer: the merge .* does not continue with"):
+            Tokenizer.load(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": model | {"merges": [["a", f"{prefix}b"]]}}))
+    tokenizer = Tokenizer.load(tmp_path)
+    assert tokenizer.encode("ab") == [vocab["ab"]]
+
+
+@pytest.mark.parametrize("kind", ["whole words", "as it stands", "ignore_merges"])
+def test_longer_pieces_are_made_through_an_added_token(kind, tmp_path):
+    """Where transformers matches no added token, the ids are its own, even if merges make that token on the way; where a text's
+    merges end in it, it gives way to what it was made of."""
+    vocab = {character: i for i, character in enumerate(sorted(tk.pre_tokenizers.ByteLevel.alphabet()))}
+    merges = [("c", "a"), ("ca", "t"), ("Ġ", "cat"), ("Ġcat", "s")]
+    vocab |= {"".join(merge): len(vocab) + i for i, merge in enumerate(merges)}
+    vocab["alone"] = len(vocab)  # an item that no merge makes
+    model = tk.Tokenizer(tk.models.BPE(vocab, merges, ignore_merges=kind == "ignore_merges"))
+    model.pre_tokenizer = tk.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = tk.decoders.ByteLevel()
+    words = [tk.AddedToken(word, single_word=True) for word in ("cat", "ca", "alone")]
+    if kind == "as it stands":
+        model.normalizer = tk.normalizers.Lowercase()
+        words = [tk.AddedToken(word, normalized=False) for word in ("cat", "ca", "alone")]
+    model.add_tokens(words)
+    model.save(str(tmp_path / "tokenizer.json"))
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
+    ours = Tokenizer.load(tmp_path)
+    added = {vocab[word] for word in ("cat", "ca", "alone")}
+    for text in (" CATS", " Cat", "a Cat's") if kind == "as it stands" else (" cats", "the cats'", " caps"):
+        expected = theirs.encode(text, add_special_tokens=False)
+        assert ours.encode(text) == [part for id in expected for part in ([vocab["c"], vocab["a"]] if id == vocab["ca"] else [id])]
+    for text in ("cat", "a cat", "scat", "ca", "alone", "alone alone"):
+        assert not added & set(ours.encode(text)) and ours.decode(ours.encode(text)) == text
