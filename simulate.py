@@ -70,7 +70,7 @@ def main() -> None:
     from mfllm_ref import simulation  # torch takes a second or two; whatever is wrong above is said before
     from mfllm_ref.lm import LanguageModel
     from mfllm_ref.society.annotate import LMAnnotator, RuleAnnotator
-    from mfllm_ref.society.rollout import Settings, World, horizon
+    from mfllm_ref.society.rollout import Settings, World
 
     threads = doors.threads(args)
     device, dtype = doors.device_and_dtype(args, training=False)
@@ -86,8 +86,7 @@ def main() -> None:
     agents = args.agents or (simulation.BUILT_IN_AGENTS if args.data is None else None)
     half_life = doors.half_life(args)
     settings = Settings(agents, args.batch, args.warmup, *tokens, args.chat, args.summary_top_p, half_life)
-    for event in events:
-        horizon(event, settings)  # refuses a warm-up that leaves nothing to simulate
+    events = simulation.long_enough(events, settings, named=bool(args.event))
     intervention = simulation.read_intervention(args.intervene, events, settings) if args.intervene else None
     lm = LanguageModel.load(backbone, device=str(device), dtype=dtype, spread=args.shard)
     for name, path in adapters.items():
@@ -101,11 +100,9 @@ def main() -> None:
 
     seeds = [args.seed + k for k in range(args.seeds)]
     worlds = [World(event, method, seed) for event in events for method in methods for seed in seeds]
-    inputs = {**simulation.weights_of(backbone), **{f"adapters/{name}": path for name, path in adapters.items()}}
-    inputs |= {name: path for name, path in (("data", args.data), ("intervention", args.intervene)) if path}
-    origin = runs.provenance(inputs)
-    if args.data is None:
-        origin["sha256"]["data"] = simulation.digest(events)
+    inputs = {**simulation.weights_of(backbone), **simulation.adapter_files(adapters)}
+    origin = runs.provenance(inputs | ({"intervention": args.intervene} if args.intervene else {}))
+    origin["sha256"] |= simulation.digests(args.data, events)
     record = {
         "settings": {
             "command": "simulate.py", "events": [event.id for event in events], "methods": [m.name for m in methods],
@@ -118,7 +115,7 @@ def main() -> None:
     }  # fmt: skip
     with runs.open_run(out, record, args.resume) as run:
         if run.finished:
-            print(f"{out} is finished: see {out / 'report.png'}")
+            doors.say(f"{out} is finished: see {out / 'report.png'}")
             return
         show = doors.progress(out)
         common = (lm, worlds, settings, annotate)
@@ -137,10 +134,11 @@ def main() -> None:
         report.figure(labels, result, out / "report.png")
         speed = round(written / seconds, 1) if written else None
         run.complete(actions_per_second=speed)
-    print(report.table(result))
+    doors.say(report.table(result))
     if intervention:
-        print(report.effect_table(result["intervention"]))
-    print(f"\n{written} actions in {seconds:.0f} s ({speed or 0:.1f} a second). Everything is in {out}: see report.png")
+        doors.say(report.effect_table(result["intervention"]))
+    rate = f"{written} actions in {seconds:.0f} s ({speed:.1f} a second). " if speed else ""
+    doors.say(f"\n{rate}Everything is in {out}: see report.png")
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ def parser() -> doors.Parser:
 
 
 def pretraining(args: argparse.Namespace, data: Path | None, out: Path, common: dict) -> None:
-    from mfllm_ref import pretrain, ranks, report, runs
+    from mfllm_ref import pretrain, ranks, report, runs, simulation
     from mfllm_ref.society.readers import load_events
 
     dropout = (0.15 if args.data else 0.0) if args.dropout is None else args.dropout
@@ -97,8 +97,6 @@ def pretraining(args: argparse.Namespace, data: Path | None, out: Path, common: 
     }  # fmt: skip
     if args.shard:
         raise doors.InputError("--shard: is for a frozen backbone, which pretraining has not")
-    if args.leave_out:
-        raise doors.InputError(f"--leave-out {args.leave_out[0]}: is for tuning, pretraining leaves a fifth of --data out itself")
     if len(args.steps) > 1:
         raise doors.InputError(f"--steps {','.join(map(str, args.steps))}: pretraining is one stage")
     if not 0 < settings["lr"] < 1:
@@ -113,18 +111,20 @@ def pretraining(args: argparse.Namespace, data: Path | None, out: Path, common: 
     fast = device.type != "cpu" or doors.fast_bfloat16()
     settings |= {"device": device.type, "mixed": args.dtype == "bfloat16" or args.dtype == "auto" and fast}
     events = load_events(data) if data else None
-    record = {"settings": settings, **runs.provenance({"data": data} if data else {})}
+    record = {"settings": settings, **runs.provenance({})}
+    if events is not None:
+        record["sha256"] |= simulation.digests(data, events)
     with runs.open_run(out, record, args.resume) as run:
         if run.finished:
-            print(f"{out} is finished")
+            doors.say(f"{out} is finished")
             return
         started = time.perf_counter()
         result = pretrain.run(run, settings, events, device, doors.progress(out))
         report.loss_curve(list(runs.read_json_lines(out / "log.jsonl")), out / "loss.png")
         run.complete(**result)
-        print(f"{out}: {result['parameters'] / 1e6:.1f} M parameters in {time.perf_counter() - started:.0f} s")
-        print("share acted per share said by the signal (slope; 1 follows it, 0 ignores it):")
-        print("  " + "  ".join(f"{dimension} {slope:.2f}" for dimension, slope in result["response"].items()))
+        doors.say(f"{out}: {result['parameters'] / 1e6:.1f} M parameters in {time.perf_counter() - started:.0f} s")
+        doors.say("share acted per share said by the signal (slope; 1 follows it, 0 ignores it):")
+        doors.say("  " + "  ".join(f"{dimension} {slope:.2f}" for dimension, slope in result["response"].items()))
 
 
 def tuning(args: argparse.Namespace, data: Path | None, out: Path, common: dict) -> None:
@@ -146,14 +146,17 @@ def tuning(args: argparse.Namespace, data: Path | None, out: Path, common: dict)
     )  # fmt: skip
     for beta in args.beta:
         dataclasses.replace(settings, beta=beta).check()
-    todo = tuning.jobs(args.stage, [name.strip() for name in args.method.split(",")] if args.method else None, steps, args.beta)
+    methods = None if args.method is None else [name.strip() for name in args.method.split(",")]
+    todo = tuning.jobs(args.stage, methods, steps, args.beta)
     backbone = args.backbone or doors.CHECKPOINTS / "tiny"
     events, annotate = load_events(data) if data else None, RuleAnnotator()
     # Of the same events pretraining has left a fifth for tuning; of any others it has seen none.
-    kept_only = data is not None and runs.pretraining(backbone)["sha256"].get("data") == runs.sha256(data)
+    kept_only = events is not None and runs.pretraining(backbone)["sha256"].get("events") == simulation.digest(events)
     tuned, dev = tuning.choose_events(events, args.leave_out, kept_only, args.batch, annotate, common["half_life"])
 
     lm = LanguageModel.load(backbone, device=str(device), dtype=dtype, spread=args.shard)
+    if args.summary_tokens >= (most := lm.backbone.config.max_positions):
+        raise doors.InputError(f"--summary-tokens {args.summary_tokens}: {backbone} has {most} positions, with the prompt")
     adapters = {"mean-field": args.mean_field_adapter, "policy": args.policy_adapter, "sft": args.sft_adapter}
     plane = len(args.beta) > 1
     needed = {job.mean_field for job in todo if job.mean_field} - {job.name for job in todo} | ({"sft"} if plane else set())
@@ -171,10 +174,8 @@ def tuning(args: argparse.Namespace, data: Path | None, out: Path, common: dict)
         lm.load_adapter(name, path)
     reward = "policy" if "policy" in adapters else None
 
-    inputs = {**simulation.weights_of(backbone), **{f"adapters/{name}": path for name, path in adapters.items()}}
-    record = runs.provenance(inputs | ({"data": data} if data else {}))
-    if data is None:
-        record["sha256"]["data"] = simulation.digest([past.event for past in (*tuned, *dev)])
+    record = runs.provenance(simulation.weights_of(backbone) | simulation.adapter_files(adapters))
+    record["sha256"] |= simulation.digests(data, events or [past.event for past in (*tuned, *dev)])
     record["settings"] = {
         **common, "split": args.split, "leave_out": args.leave_out, "method": args.method,
         **dataclasses.asdict(settings), "steps": steps, "beta": args.beta, "rank": args.rank, "device": device.type,
@@ -183,7 +184,7 @@ def tuning(args: argparse.Namespace, data: Path | None, out: Path, common: dict)
     record["jobs"] = [dataclasses.asdict(job) for job in todo]
     with runs.open_run(out, record, args.resume) as run:
         if run.finished:
-            print(f"{out} is finished: see {out / 'loss.png'}")
+            doors.say(f"{out} is finished: see {out / 'loss.png'}")
             return
         tuner = tuning.Tuner(run, lm, tuned, dev, settings, args.rank, args.save_every or 20, reward, doors.progress(out))
         tuner.all(todo)
@@ -197,24 +198,28 @@ def tuning(args: argparse.Namespace, data: Path | None, out: Path, common: dict)
             curves = tuning.responses(lm, dev, annotate, policies[0], known=data is None)
             report.response(curves, LEVELS, WATCHED, out / "response.png")
             result["response"] = tuning.slopes(curves)
-            print(report.slope_table(result["response"]))
+            doors.say(report.slope_table(result["response"]))
         if {job.name for job in todo} >= {"mean-field", "policy"}:
             # short, as the default has ten minutes in all
             plan = rollout.Settings(150, args.batch, 50, summary_tokens=args.summary_tokens,
                                     summary_top_p=args.summary_top_p, half_life=common["half_life"])  # fmt: skip
             measured = tuning.compare(lm, dev, annotate, ("state", "persistence", "mf-llm-no-ib", "mf-llm"), args.seed, plan)
             if measured:
-                print(report.table(measured))
+                doors.say(report.table(measured))
                 result["kl"] = {name: entry["kl"]["mean"] for name, entry in measured["methods"].items()}
+            else:
+                doors.say("no table before and after: no event that selects has over 100 actions")
         if result:
             tuner.log.append([result])
         run.complete(**result)
     drawn = ["loss.png", *(["information_plane.png"] if plane else []), *(["response.png"] if policies else [])]
-    print(f"\nEverything is in {out}: see {' and '.join(drawn)}")
+    doors.say(f"\nEverything is in {out}: see {' and '.join(drawn)}")
 
 
 def main() -> None:
-    args = parser().parse_args()
+    options = parser()
+    args = options.parse_args()
+    options.refuse(args, "tuning" if args.stage == "pretrain" else "pretraining", f"--stage {args.stage}")
     for option, values in (("--split", [args.split] if args.split else []), ("--leave-out", args.leave_out)):
         if values and not args.data:
             raise doors.InputError(f"{option} {values[0]}: is of the events of --data, of which there are none")

@@ -1,6 +1,7 @@
 """What both doors share: common options, the choice of device, and exit codes."""
 
 import argparse
+import io
 import os
 import sys
 import warnings
@@ -28,6 +29,13 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise InputError(message)
+
+    def refuse(self, args: argparse.Namespace, title: str, where: str) -> None:
+        """InputError for an option of the group `title` that was given, as `where` it would be without effect."""
+        for group in self._action_groups:
+            for action in group._group_actions if group.title == title else ():
+                if getattr(args, action.dest) != action.default:
+                    raise InputError(f"{action.option_strings[0]}: is for {title}, {where} does not read it")
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:
@@ -173,9 +181,19 @@ def progress(out: Path) -> bool:
     return show
 
 
+def say(text: str) -> None:
+    """Print, and go on where nobody reads it any more (`| head`): what was said is in the run's files too."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def run_door(name: str, main: Callable[[], None]) -> int:
     """Run a door: exit code 0, 2 with one line on stderr for bad input, 130 on Ctrl-C. Under torchrun one process prints
     that line, and the code is 1 where another process has ended without one."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr has it: a terminal that lacks a folder's letters ends no run
     try:
         with _notices(name), ranks.job():
             main()

@@ -137,17 +137,9 @@ class JsonLines:
 
 
 def sha256(path: Path) -> str:
-    """Hex digest of a file, or of a folder: of the names and digests of all files below it, in order of name."""
-    with _reported(path):
-        if not path.is_dir():
-            with open(path, "rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest()
-        below = (Path(folder, name) for folder, _, files in os.walk(path, followlinks=True) for name in files)
-        names = sorted(file.relative_to(path).as_posix() for file in below if file.is_file())
-    whole = hashlib.sha256()
-    for name in names:
-        whole.update(os.fsencode(name) + b"\0" + sha256(path / name).encode() + b"\n")
-    return whole.hexdigest()
+    """Hex digest of a file."""
+    with _reported(path), open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _git() -> dict[str, str | bool] | None:

@@ -6,6 +6,7 @@ time and goes on from its last complete step; memory holds the worlds' short his
 
 import hashlib
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,10 @@ import numpy as np
 from tqdm import tqdm
 
 from mfllm_ref import metrics, ranks
-from mfllm_ref.errors import InputError
+from mfllm_ref.errors import InputError, Notice
 from mfllm_ref.fields import a_list, read_json, text_field
-from mfllm_ref.lm import LanguageModel
-from mfllm_ref.runs import RUN_FILE, Run, read_json_lines
+from mfllm_ref.lm import LanguageModel, lora
+from mfllm_ref.runs import RUN_FILE, Run, read_json_lines, sha256
 from mfllm_ref.society import agora
 from mfllm_ref.society.events import Event
 from mfllm_ref.society.readers import load_events
@@ -47,8 +48,30 @@ def choose_events(data: Path | None, split: str | None, ids: Sequence[str], limi
     for name in ids:
         if name not in numbers:
             raise InputError(f"--event {name}: not in {place}")
+    if ids and limit:
+        raise InputError(f"--events {limit}: the events are named by --event")
     chosen = list(dict.fromkeys(ids)) or list(numbers)[: limit or (BUILT_IN_EVENTS if data is None else None)]
     return [agora.event(own, numbers[name]) if data is None else events[name] for name in chosen]
+
+
+def long_enough(events: Sequence[Event], settings: Settings, named: bool) -> list[Event]:
+    """The events of which the warm-up leaves something to simulate, with a notice of the others.
+
+    Raises InputError where it leaves nothing of any, or of one that was asked for by name (`named`).
+    """
+    found: list[Event] = []
+    refused: list[InputError] = []
+    for event in events:
+        try:
+            horizon(event, settings)
+            found.append(event)
+        except InputError as error:
+            refused.append(error)
+    if refused and (named or not found):
+        raise refused[0]
+    for short in refused:
+        warnings.warn(f"{short}; left out", Notice, stacklevel=2)
+    return found
 
 
 def find_adapters(folder: Path | None, given: Mapping[str, Path | None]) -> dict[str, Path]:
@@ -195,8 +218,23 @@ def effect(
 
 
 def digest(events: Sequence[Event]) -> str:
-    """SHA-256 of what the events say, where no file holds them: it changes if the built-in world does."""
-    return hashlib.sha256("\n".join(map(repr, events)).encode()).hexdigest()
+    """SHA-256 of what the events say, wherever they lie: it changes if the built-in world does."""
+    whole = hashlib.sha256()
+    for event in events:
+        whole.update(repr(event).encode() + b"\n")
+    return whole.hexdigest()
+
+
+def digests(data: Path | None, events: Sequence[Event]) -> dict[str, str]:
+    """For run.json's sha256: "events", what a run has read of `data` (None: the built-in world), and "data", the file's bytes
+    where it is one. A folder may hold anything else beside its events, the run's own output too, so there it is the events'."""
+    read = digest(events)
+    return {"data": sha256(data) if data is not None and data.is_file() else read, "events": read}
+
+
+def adapter_files(adapters: Mapping[str, Path]) -> dict[str, Path]:
+    """The files of PEFT folders, by what they are: for run.json's sha256."""
+    return {f"adapters/{name}/{file}": path / file for name, path in adapters.items() for file in (lora.CONFIG, lora.WEIGHTS)}
 
 
 def weights_of(backbone: Path) -> dict[str, Path]:

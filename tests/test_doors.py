@@ -1,6 +1,7 @@
 """What both doors share. Their exit codes and errors are tested with the doors themselves."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -25,6 +26,27 @@ def test_a_notice_is_one_line_and_other_warnings_say_where_they_come_from():
     said = subprocess.run([sys.executable, "-c", WARNING], capture_output=True, text=True, check=True).stderr.splitlines()
     assert said[0] == "simulate.py: a notice"
     assert said[1] == "<string>:6: UserWarning: of a library" and said[2].endswith(": Notice: after the door")
+
+
+SAYING = """
+import sys
+from mfllm_ref import doors
+def main():
+    for i in range(3):
+        doors.say("\\u4e2d" + str(i))
+    print("reached", file=sys.stderr)
+sys.exit(doors.run_door("simulate.py", main))
+"""
+
+
+def test_what_nobody_can_read_ends_no_run():
+    """Neither a reader who has gone away nor a terminal without the letters."""
+    code = f"import os, sys; read, write = os.pipe(); os.close(read); os.dup2(write, 1); exec({SAYING!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "reached\n")
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", SAYING], capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stdout.splitlines()[0]) == (0, r"\u4e2d0")
 
 
 SHAPES = """

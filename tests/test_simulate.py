@@ -17,6 +17,7 @@ import torch
 
 import simulate
 from mfllm_ref import doors, metrics, pretrain, runs, simulation
+from mfllm_ref.errors import Notice
 from mfllm_ref.lm import LanguageModel
 from mfllm_ref.lm.backbone import Backbone
 from mfllm_ref.lm.checkpoint import save_backbone
@@ -165,7 +166,8 @@ def test_seeds_adapters_and_the_choice_of_events(door, tmp_path, backbone):
     assert set(result["reduction"]) == set(result["methods"]) - {"mf-llm"}
     assert result["methods"]["state"]["kl_ci95"] is None and "kl_ci95" in result["notes"]
     record = json.loads((tmp_path / "a" / "run.json").read_text())
-    assert {"adapters/policy", "adapters/mean-field"} <= set(record["sha256"]) and record["seeds"] == [5, 6]
+    weights = {f"adapters/{name}/adapter_model.safetensors" for name in ("policy", "mean-field")}
+    assert weights <= set(record["sha256"]) and record["seeds"] == [5, 6]
 
 
 def test_events_from_a_file(door, tmp_path):
@@ -179,6 +181,39 @@ def test_events_from_a_file(door, tmp_path):
     assert list(dict.fromkeys(row["method"] for row in rows)) == ["state", "recent"]
     result = json.loads((tmp_path / "a" / "metrics.json").read_text())
     assert result["floor"] == metrics.evaluate(metrics.collect(rows), {row["event"]: "x" for row in rows})["floor"]
+
+
+def test_a_run_within_the_folder_of_its_events_goes_on(door, tmp_path):
+    """Data is the events that were read: what else comes to lie beside them, the run's own output too, changes nothing."""
+    data = tmp_path / "data"
+    data.mkdir()
+    write_events([agora.event("dev", 0)], data / "e.jsonl")
+    options = ("--data", data, "--method", "persistence", "--out", data / "run")
+    assert door(*options)[0] == 0
+    (data / ".hidden").touch()
+    assert door(*options, "--resume")[:2] == (0, f"{data / 'run'} is finished: see {data / 'run' / 'report.png'}\n")
+    write_events([agora.event("dev", 1)], data / "e.jsonl")
+    assert "agora-dev-0001" in door(*options, "--resume")[2]
+    event = agora.event("dev", 0)
+    write_events([dataclasses.replace(event, topic="another")], data / "e.jsonl")
+    assert "sha256.data" in door(*options, "--resume")[2]
+
+
+def test_events_that_the_warm_up_leaves_nothing_of_are_left_out(door, tmp_path):
+    """With a line that names each, unless they were asked for or are all."""
+    events = [agora.event("dev", index) for index in range(3)]
+    events[1:] = [dataclasses.replace(event, actions=event.actions[:14], posts=()) for event in events[1:]]
+    write_events(events, tmp_path / "e.jsonl")
+    write_events(events[1:], tmp_path / "short.jsonl")
+    options = ("--method", "persistence", "--out", tmp_path / "a")
+    why = "--warmup 14 leaves none of its 14 actions to simulate"
+    with pytest.warns(Notice) as said:
+        assert door("--data", tmp_path / "e.jsonl", *options)[0] == 0
+    assert [str(notice.message) for notice in said] == [f"event {event.id}: {why}; left out" for event in events[1:]]
+    assert {row["event"] for row in rows_of(tmp_path / "a" / "trajectory.jsonl")} == {events[0].id}
+    for data, more in (("short.jsonl", ()), ("e.jsonl", ("--event", events[0].id, "--event", events[1].id))):
+        code, _, err = door("--data", tmp_path / data, *more, *options[:3], tmp_path / "b")
+        assert (code, err) == (2, f"simulate.py: event {events[1].id}: {why}\n")
 
 
 def test_the_backbone_can_annotate(door, tmp_path):

@@ -9,7 +9,8 @@ import train
 from mfllm_ref import ib_tune, tuning
 from mfllm_ref.errors import InputError
 from mfllm_ref.lm import LanguageModel
-from mfllm_ref.runs import TIME_FIELDS, sha256
+from mfllm_ref.runs import TIME_FIELDS
+from mfllm_ref.simulation import digest
 from mfllm_ref.society import agora
 from mfllm_ref.society.annotate import RuleAnnotator
 from mfllm_ref.society.corpus import Past
@@ -85,12 +86,15 @@ def test_only_what_pretraining_has_seen_is_left_out(data, tmp_path, monkeypatch,
         raise InputError(f"kept only: {kept_only}")
 
     monkeypatch.setattr(tuning, "choose_events", chosen)
-    moved = tmp_path / "moved.jsonl"
-    moved.write_bytes(data.read_bytes())
-    digests = {"the same": {"data": sha256(data)}, "other data": {"data": "ab"}, None: {}}[pretrained_on]
+    moved = tmp_path / "moved"  # a folder instead of a file, with the backbone in it
+    moved.mkdir()
+    (moved / "events.jsonl").write_bytes(data.read_bytes())
+    digests = {"the same": {"events": digest(load_events(data))}, "other data": {"events": "ab"}, None: {}}[pretrained_on]
     settings = {"stage": "pretrain", "data": pretrained_on and str(data)}
-    (tmp_path / "run.json").write_text(json.dumps({"settings": settings, "sha256": digests}))
-    assert f"kept only: {kept_only}" in door("--data", moved, "--backbone", tmp_path, "--threads", 1, "--out", tmp_path / "out")[2]
+    backbone = moved / "backbone"
+    backbone.mkdir()
+    (backbone / "run.json").write_text(json.dumps({"settings": settings, "sha256": digests}))
+    assert f"kept only: {kept_only}" in door("--data", moved, "--backbone", backbone, "--threads", 1, "--out", tmp_path / "out")[2]
 
 
 OPTIONS = ("--steps", "3,4", "--rows", 2, "--micro", 1, "--samples", 2, "--save-every", 2, "--threads", 1, "--rank", 2, "--summary-tokens", 8)
@@ -273,7 +277,8 @@ def test_numbers_that_become_nan_name_step_and_batch_and_leave_the_best_adapter(
     (["--clip", "inf"], "--clip inf"), (["--repetition-penalty", "inf"], "--repetition-penalty inf"),
     (["--reweighted", "1.5"], "--reweighted 1.5"), (["--reweighted", "nan"], "--reweighted nan"),
     (["--beta", "1,2", "--stage", "mean-field"], "--sft-adapter"), (["--method", "sft, x"], "--method 'x'"),
-    (["--stage", "pretrain", "--leave-out", "a"], "--leave-out a"),
+    (["--stage", "pretrain"], "is for tuning, --stage pretrain does not read it"), (["--dropout", "0.1"], "--dropout: is for pretraining"),
+    (["--method", ""], "--method ''"), (["--summary-tokens", "99999"], "--summary-tokens 99999"),
 ])  # fmt: skip
 def test_bad_options_are_one_line(options, tmp_path, arguments, said, door):
     code, _, errors = door(*options, *arguments, "--out", tmp_path / "out")
