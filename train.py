@@ -41,7 +41,9 @@ def parser() -> doors.Parser:
     stages = ("all", "pretrain", "sft", "mean-field", "policy")
     out.add_argument("--stage", choices=stages, default="all", help="all: mean-field, then policy (default); sft: the rivals")
     out.add_argument("--data", type=Path, metavar="PATH", help="events (default: the built-in world). Pretraining leaves a "
-                     "fifth of them out, for tuning")  # fmt: skip
+                     "fifth of them out, for tuning, or those of --leave-out")  # fmt: skip
+    out.add_argument("--leave-out", action="append", default=[], metavar="ID", help="an event of --data to leave out; may be "
+                     "repeated")  # fmt: skip
     out.add_argument("--split", help="folder of that name in --data")
     out.add_argument("--steps", type=updates, default=[], metavar="N[,N]", help="optimizer steps, of each stage or of mean-field "
                      "and policy; a rival gets the sum of both (default: 60,120; pretrain: 1500)")  # fmt: skip
@@ -61,7 +63,6 @@ def parser() -> doors.Parser:
                       "the reward (default: the bare backbone)")  # fmt: skip
     tune.add_argument("--sft-adapter", type=Path, metavar="DIR", help="with several betas: the policy that gains are "
                       "measured against")  # fmt: skip
-    tune.add_argument("--leave-out", action="append", default=[], metavar="ID", help="an event to leave out; may be repeated")
     tune.add_argument("--rank", type=doors.positive, default=8, help="of the adapters (default: 8)")
     tune.add_argument("--beta", type=betas, default=[30.0], metavar="X[,X...]", help="weight of the reward against the KL "
                       "to the prior (default: 30); several: stage mean-field draws the information plane")  # fmt: skip
@@ -86,14 +87,14 @@ def parser() -> doors.Parser:
 
 
 def pretraining(args: argparse.Namespace, data: Path | None, out: Path, common: dict) -> None:
-    from mfllm_ref import pretrain, ranks, report, runs, simulation
+    from mfllm_ref import pretrain, ranks, report, runs, simulation, tuning
     from mfllm_ref.society.readers import load_events
 
     dropout = (0.15 if args.data else 0.0) if args.dropout is None else args.dropout
     settings = {
         **common, "model_type": args.model_type, "shape": args.shape or ("small" if args.data else "tiny"),
         "steps": (args.steps or [1500])[0], "rows": args.rows or 9, "lr": 4e-3 if args.lr is None else args.lr,
-        "save_every": args.save_every or 100, "dropout": dropout,
+        "save_every": args.save_every or 100, "dropout": dropout, "leave_out": sorted(set(args.leave_out)),
     }  # fmt: skip
     if args.shard:
         raise doors.InputError("--shard: is for a frozen backbone, which pretraining has not")
@@ -113,6 +114,7 @@ def pretraining(args: argparse.Namespace, data: Path | None, out: Path, common: 
     events = load_events(data) if data else None
     record = {"settings": settings, **runs.provenance({})}
     if events is not None:
+        tuning.check_ids(events, args.leave_out)
         record["sha256"] |= simulation.digests(data, events)
     with runs.open_run(out, record, args.resume) as run:
         if run.finished:
@@ -150,9 +152,11 @@ def tuning(args: argparse.Namespace, data: Path | None, out: Path, common: dict)
     todo = tuning.jobs(args.stage, methods, steps, args.beta)
     backbone = args.backbone or doors.CHECKPOINTS / "tiny"
     events, annotate = load_events(data) if data else None, RuleAnnotator()
-    # Of the same events pretraining has left a fifth for tuning; of any others it has seen none.
-    kept_only = events is not None and runs.pretraining(backbone)["sha256"].get("events") == simulation.digest(events)
-    tuned, dev = tuning.choose_events(events, args.leave_out, kept_only, args.batch, annotate, common["half_life"])
+    # Of the same events pretraining has left some for tuning; of any others it has seen none.
+    before = runs.pretraining(backbone)
+    same = events is not None and before["sha256"].get("events") == simulation.digest(events)
+    pretrained = before["settings"].get("leave_out", []) if same else None
+    tuned, dev = tuning.choose_events(events, args.leave_out, pretrained, args.batch, annotate, common["half_life"])
 
     lm = LanguageModel.load(backbone, device=str(device), dtype=dtype, spread=args.shard)
     if args.summary_tokens >= (most := lm.backbone.config.max_positions):

@@ -273,10 +273,13 @@ def train_steps(
         started = time.perf_counter()
 
 
-def corpora(events: Sequence[Event] | None, batch: int, half_life: float = HALF_LIFE) -> tuple[Corpus, list[Past]]:
+def corpora(
+    events: Sequence[Event] | None, batch: int, half_life: float = HALF_LIFE, leave_out: Sequence[str] = ()
+) -> tuple[Corpus, list[Past]]:
     """(what to pretrain on, real pasts it never sees) from outside events, or from agora's splits if there are none.
 
-    half_life: actions, of the population that signals and summaries tell of.
+    half_life: actions, of the population that signals and summaries tell of. leave_out: ids of the outside events that it never
+    sees (none: a fifth). Raises InputError where nothing is left to read or to keep.
 
     A fifth of agora's documents carry another event's signal: its backbone reads signals as a general model would,
     uncalibrated to that world.
@@ -287,9 +290,10 @@ def corpora(events: Sequence[Event] | None, batch: int, half_life: float = HALF_
         make = partial(agora.event, "pretrain")
         corpus = Corpus(agora.SPLITS["pretrain"], annotate, batch, mixture, make, half_life)
         return corpus, [Past(agora.event("train", i), annotate, batch, half_life) for i in range(HELD_OUT)]
-    chosen, kept = pretraining_part(events)
-    if not kept:
-        raise InputError(f"{len(events)} events are too few to pretrain on and to keep a fifth of for tuning")
+    chosen, kept = pretraining_part(events, leave_out)
+    if not (chosen and kept):
+        some = "these" if leave_out else "a fifth"
+        raise InputError(f"{len(events)} events are too few to pretrain on and to keep {some} of for tuning")
     long = [event for event in kept if len(event.actions) >= 10 * batch] or kept
     # Real populations differ less than agora's, so fewer of them teach to read a signal; and there are few of them, so that a
     # backbone learns them by heart, where it should learn which words go with a label, whatever the topic.
@@ -303,7 +307,7 @@ def run(run: Run, settings: Mapping[str, Any], events: Sequence[Event] | None, d
 
     Returns {"parameters", "response": {dimension: slope}}. Raises InputError where the loss is no longer finite.
     """
-    corpus, held_out = corpora(events, settings["batch"], settings["half_life"])
+    corpus, held_out = corpora(events, settings["batch"], settings["half_life"], settings["leave_out"])
     if not (run.out / "tokenizer.json").exists():
         trained = train_tokenizer(sample_texts(corpus, TOKENIZER_DOCUMENTS, settings["seed"]), SHAPES[settings["shape"]].vocab)
         for name, content in tokenizer_files().items():

@@ -83,23 +83,28 @@ def jobs(stage: str, methods: Sequence[str] | None, steps: tuple[int, int], beta
     return list(found.values())
 
 
+def check_ids(events: Sequence[Event], leave_out: Sequence[str]) -> None:
+    """InputError for a name that no event has."""
+    for name in leave_out:
+        if name not in {event.id for event in events}:
+            raise InputError(f"--leave-out {name}: no such event")
+
+
 def choose_events(
-    data: Sequence[Event] | None, leave_out: Sequence[str], kept_only: bool, batch: int, annotate: Annotator,
+    data: Sequence[Event] | None, leave_out: Sequence[str], pretrained: Sequence[str] | None, batch: int, annotate: Annotator,
     half_life: float = HALF_LIFE,
 ) -> tuple[list[Past], list[Past]]:  # fmt: skip
     """(pasts to tune on, pasts to select on): agora's train and dev splits, or outside events, a fifth of which selects.
 
-    kept_only: of the outside events only those that pretraining on the same data keeps for tuning. Raises InputError where
-    nothing is left to tune or to select on.
+    pretrained: what pretraining on the same outside events was told to leave out; then only what it has kept is used. None: it
+    has read none of them. Raises InputError where nothing is left to tune or to select on.
     """
     if data is None:
         splits = ([agora.event(split, i) for i in range(agora.SPLITS[split])] for split in ("train", "dev"))
         fitted, held = (sorted(events, key=lambda event: hashed("tuning", event.id)) for events in splits)
     else:
-        for name in leave_out:
-            if name not in {event.id for event in data}:
-                raise InputError(f"--leave-out {name}: no such event")
-        kept = pretraining_part(data)[1] if kept_only else list(data)
+        check_ids(data, leave_out)
+        kept = list(data) if pretrained is None else pretraining_part(data, pretrained)[1]
         kept = [event for event in kept if event.id not in leave_out and len(event.actions) > 2 * batch]
         kept.sort(key=lambda event: hashed("selection", event.id))
         cut = max(1, len(kept) // 5)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from mfllm_ref import doors, pretrain, report, simulation, training
+from mfllm_ref.errors import InputError
 from mfllm_ref.lm import LanguageModel
 from mfllm_ref.lm.backbone import Backbone
 from mfllm_ref.lm.checkpoint import save_backbone
@@ -184,6 +185,15 @@ def test_a_corpus_remembers_as_long_as_it_is_told(events):
     assert {past.half_life for past in (corpus.past(0), *held_out)} == {960}
 
 
+def test_events_that_are_left_out_are_kept_from_pretraining():
+    events = [agora.event("train", index) for index in range(4)]
+    corpus, held_out = pretrain.corpora(events, 10, leave_out=[events[2].id])
+    assert {corpus.past(i).event.id for i in range(corpus.count)} == {events[i].id for i in (0, 1, 3)}
+    assert [past.event.id for past in held_out] == [events[2].id]
+    with pytest.raises(InputError, match="4 events are too few to pretrain on and to keep these"):
+        pretrain.corpora(events, 10, leave_out=[event.id for event in events])
+
+
 @pytest.fixture(scope="module")
 def small_data(tmp_path_factory):
     """Ten events as JSON Lines."""
@@ -289,9 +299,11 @@ def test_products_are_bfloat16_where_the_cpu_multiplies_it_fast(tmp_path, monkey
     (["--data", "nowhere"], "nowhere"), (["--split", "dev"], "--split dev"), (["--leave-out", "a"], "--leave-out a"),
     (["--lr", "7"], "--lr 7"), (["--steps", "0"], "--steps"), (["--stage", "x"], "--stage"),
     (["--stage", "pretrain", "--dropout", "1"], "--dropout 1"), (["--stage", "pretrain", "--dropout", "nan"], "--dropout nan"),
+    (["--stage", "pretrain", "--data", ..., "--leave-out", "nobody"], "--leave-out nobody: no such event"),
     (["--stage", "pretrain", "--dtype", "float64"], "--dtype float64"), (["--stage", "pretrain", "--steps", "3,4"], "--steps 3,4"),
 ])  # fmt: skip
-def test_bad_options_are_one_line(tmp_path, arguments, said, door):
+def test_bad_options_are_one_line(tmp_path, arguments, said, small_data, door):
+    arguments = [small_data if argument is ... else argument for argument in arguments]
     code, _, errors = door(*arguments, "--out", tmp_path / "out")
     assert code == 2 and said in errors and len(errors.splitlines()) == 1
     assert not (tmp_path / "out").exists()

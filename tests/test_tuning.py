@@ -63,38 +63,41 @@ def test_stages_and_methods_decide_what_is_tuned():
 
 def test_events_that_select_are_not_tuned_on(data):
     events = [agora.event("train", index) for index in range(12)]
-    tuned, dev = tuning.choose_events(events, [events[0].id], False, 10, ANNOTATE)
+    tuned, dev = tuning.choose_events(events, [events[0].id], None, 10, ANNOTATE)
     ids = [past.event.id for past in (*tuned, *dev)]
     assert len(set(ids)) == len(ids) == 11 and events[0].id not in ids and len(dev) == 2
-    assert len(tuning.choose_events(events, [], True, 10, ANNOTATE)[0]) < 3, "the fifth that pretraining left"
-    assert {past.half_life for some in tuning.choose_events(events, [], False, 10, ANNOTATE, 960) for past in some} == {960}
+    assert len(tuning.choose_events(events, [], [], 10, ANNOTATE)[0]) < 3, "the fifth that pretraining left"
+    named = [event.id for event in events[:3]]
+    (one,), (other,) = tuning.choose_events(events, named[:1], named, 10, ANNOTATE)
+    assert {one.event.id, other.event.id} == set(named[1:]), "those that pretraining was told to leave"
+    assert {past.half_life for some in tuning.choose_events(events, [], None, 10, ANNOTATE, 960) for past in some} == {960}
     for few in ([], events[:1]):
         with pytest.raises(InputError, match="empty split"):
-            tuning.choose_events(few, [], False, 10, ANNOTATE)
+            tuning.choose_events(few, [], None, 10, ANNOTATE)
     short = [replace(event, actions=event.actions[:30]) for event in events]
     with pytest.raises(InputError, match="over 3 steps"):  # and so no chain of a mean field's on a dev event would end early
-        tuning.choose_events(short, [], False, 10, ANNOTATE)
+        tuning.choose_events(short, [], None, 10, ANNOTATE)
     with pytest.raises(InputError, match="--leave-out nobody"):
-        tuning.choose_events(events, ["nobody"], False, 10, ANNOTATE)
+        tuning.choose_events(events, ["nobody"], None, 10, ANNOTATE)
 
 
-@pytest.mark.parametrize(("pretrained_on", "kept_only"), [("the same", True), ("other data", False), (None, False)])
-def test_only_what_pretraining_has_seen_is_left_out(data, tmp_path, monkeypatch, door, pretrained_on, kept_only):
+@pytest.mark.parametrize(("pretrained_on", "pretrained"), [("the same", ["a"]), ("other data", None), (None, None)])
+def test_only_what_pretraining_has_seen_is_left_out(data, tmp_path, monkeypatch, door, pretrained_on, pretrained):
     """Data is what it says, wherever it lies: a backbone has seen four fifths of its own and none of other data."""
 
-    def chosen(events, leave_out, kept_only, *rest):
-        raise InputError(f"kept only: {kept_only}")
+    def chosen(events, leave_out, pretrained, *rest):
+        raise InputError(f"left out: {pretrained}")
 
     monkeypatch.setattr(tuning, "choose_events", chosen)
     moved = tmp_path / "moved"  # a folder instead of a file, with the backbone in it
     moved.mkdir()
     (moved / "events.jsonl").write_bytes(data.read_bytes())
     digests = {"the same": {"events": digest(load_events(data))}, "other data": {"events": "ab"}, None: {}}[pretrained_on]
-    settings = {"stage": "pretrain", "data": pretrained_on and str(data)}
+    settings = {"stage": "pretrain", "data": pretrained_on and str(data), "leave_out": ["a"]}
     backbone = moved / "backbone"
     backbone.mkdir()
     (backbone / "run.json").write_text(json.dumps({"settings": settings, "sha256": digests}))
-    assert f"kept only: {kept_only}" in door("--data", moved, "--backbone", backbone, "--threads", 1, "--out", tmp_path / "out")[2]
+    assert f"left out: {pretrained}" in door("--data", moved, "--backbone", backbone, "--threads", 1, "--out", tmp_path / "out")[2]
 
 
 OPTIONS = ("--steps", "3,4", "--rows", 2, "--micro", 1, "--samples", 2, "--save-every", 2, "--threads", 1, "--rank", 2, "--summary-tokens", 8)

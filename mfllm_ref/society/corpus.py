@@ -30,10 +30,11 @@ class Document:
     event: str = ""
 
 
-def pretraining_part(events: Sequence[Event]) -> tuple[list[Event], list[Event]]:
-    """(events to pretrain on, events kept for tuning), chosen by a hash of the event's id alone."""
-    order = sorted(events, key=lambda event: hashed("tuning", event.id))
-    kept = round(TUNING_SHARE * len(events))
+def pretraining_part(events: Sequence[Event], leave_out: Sequence[str] = ()) -> tuple[list[Event], list[Event]]:
+    """(events to pretrain on, events kept for tuning): those whose ids are in `leave_out`, or where that is empty a fifth, chosen
+    by a hash of the event's id alone."""
+    order = sorted(events, key=lambda event: (event.id not in leave_out, hashed("tuning", event.id)))
+    kept = len(leave_out) or round(TUNING_SHARE * len(events))
     return sorted(order[kept:], key=lambda e: e.id), sorted(order[:kept], key=lambda e: e.id)
 
 

@@ -150,3 +150,5 @@ def test_the_pretraining_part_is_chosen_by_id_alone():
     again, _ = pretraining_part(events[::-1])
     assert len(kept) == 21 and [e.id for e in chosen] == [e.id for e in again]
     assert {e.id for e in chosen}.isdisjoint(e.id for e in kept)
+    chosen, kept = pretraining_part(events, ["e7", "e50"])
+    assert len(chosen) == 98 and [e.id for e in kept] == ["e50", "e7"]
