@@ -131,6 +131,7 @@ def pretraining(args: argparse.Namespace, data: Path | None, out: Path, common: 
 
 def tuning(args: argparse.Namespace, data: Path | None, out: Path, common: dict) -> None:
     from mfllm_ref import ib_tune, report, runs, simulation, tuning
+    from mfllm_ref.fields import a_list
     from mfllm_ref.lm import LanguageModel
     from mfllm_ref.society import rollout
     from mfllm_ref.society.annotate import RuleAnnotator
@@ -155,7 +156,8 @@ def tuning(args: argparse.Namespace, data: Path | None, out: Path, common: dict)
     # Of the same events pretraining has left some for tuning; of any others it has seen none.
     before = runs.pretraining(backbone)
     same = events is not None and before["sha256"].get("events") == simulation.digest(events)
-    pretrained = before["settings"].get("leave_out", []) if same else None
+    where = str(backbone / runs.RUN_FILE)
+    pretrained = a_list(before["settings"].get("leave_out", []), where, "'leave_out'") if same else None
     tuned, dev = tuning.choose_events(events, args.leave_out, pretrained, args.batch, annotate, common["half_life"])
 
     lm = LanguageModel.load(backbone, device=str(device), dtype=dtype, spread=args.shard)

@@ -34,7 +34,7 @@ def pretraining_part(events: Sequence[Event], leave_out: Sequence[str] = ()) -> 
     """(events to pretrain on, events kept for tuning): those whose ids are in `leave_out`, or where that is empty a fifth, chosen
     by a hash of the event's id alone."""
     order = sorted(events, key=lambda event: (event.id not in leave_out, hashed("tuning", event.id)))
-    kept = len(leave_out) or round(TUNING_SHARE * len(events))
+    kept = sum(event.id in leave_out for event in events) if leave_out else round(TUNING_SHARE * len(events))
     return sorted(order[kept:], key=lambda e: e.id), sorted(order[:kept], key=lambda e: e.id)
 
 
