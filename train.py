@@ -154,10 +154,10 @@ def tuning(args: argparse.Namespace, data: Path | None, out: Path, common: dict)
     backbone = args.backbone or doors.CHECKPOINTS / "tiny"
     events, annotate = load_events(data) if data else None, RuleAnnotator()
     # Of the same events pretraining has left some for tuning; of any others it has seen none.
-    before = runs.pretraining(backbone)
-    same = events is not None and before["sha256"].get("events") == simulation.digest(events)
-    where = str(backbone / runs.RUN_FILE)
-    pretrained = a_list(before["settings"].get("leave_out", []), where, "'leave_out'") if same else None
+    before, pretrained = runs.pretraining(backbone), None
+    read = simulation.digests(data, events) if events else None
+    if read and before["sha256"].get("events") == read["events"]:
+        pretrained = a_list(before["settings"].get("leave_out", []), str(backbone / runs.RUN_FILE), "'leave_out'")
     tuned, dev = tuning.choose_events(events, args.leave_out, pretrained, args.batch, annotate, common["half_life"])
 
     lm = LanguageModel.load(backbone, device=str(device), dtype=dtype, spread=args.shard)
@@ -181,7 +181,7 @@ def tuning(args: argparse.Namespace, data: Path | None, out: Path, common: dict)
     reward = "policy" if "policy" in adapters else None
 
     record = runs.provenance(simulation.weights_of(backbone) | simulation.adapter_files(adapters))
-    record["sha256"] |= simulation.digests(data, events or [past.event for past in (*tuned, *dev)])
+    record["sha256"] |= read or simulation.digests(None, [past.event for past in (*tuned, *dev)])
     record["settings"] = {
         **common, "split": args.split, "leave_out": args.leave_out, "method": args.method,
         **dataclasses.asdict(settings), "steps": steps, "beta": args.beta, "rank": args.rank, "device": device.type,

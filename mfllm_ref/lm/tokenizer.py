@@ -259,15 +259,15 @@ def _without_added(spec: dict[str, Any], added: dict[str, Added]) -> tuple[dict[
     what it is: without it, text could not be spelt.
     """
     model = dict(spec["model"])
-    infix, merges = model.get("continuing_subword_prefix") or "", _merges(model)
-    nonce = secrets.token_hex(16)
+    infix, nonce = model.get("continuing_subword_prefix") or "", secrets.token_hex(16)
+    merges = [(a, b, a + b.removeprefix(infix)) for a, b in _merges(model)]
     names: dict[str, str] = {}
     while True:
-        made = {a + b.removeprefix(infix): (a, b) for a, b in merges if a + b.removeprefix(infix) != model.get("unk_token")}
+        made = {whole: (a, b) for a, b, whole in merges if whole != model.get("unk_token")}
         if not (unmade := [token for token in added if len(token) > 1 and token not in names and token not in made]):
             break
         names |= {token: f"{nonce}{added[token].id}" for token in unmade}
-        merges = [[a, b] for a, b in merges if not {a, b, a + b.removeprefix(infix)} & names.keys()]
+        merges = [merge for merge in merges if not names.keys() & merge]
     if isinstance(model["vocab"], dict):
         model["vocab"] = {names.get(token, token): id for token, id in model["vocab"].items()}
     else:  # Unigram: [piece, score] by id
@@ -275,7 +275,7 @@ def _without_added(spec: dict[str, Any], added: dict[str, Added]) -> tuple[dict[
     if isinstance(model.get("unk_token"), str):
         model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
     if "merges" in model:
-        model["merges"] = merges
+        model["merges"] = [[a, b] for a, b, _ in merges]
     again = {token: made[token] for token in added if token in made}
 
     def spelt(token: str) -> list[int]:
