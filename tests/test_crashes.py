@@ -2,11 +2,8 @@
 of it. Each door is run in processes of its own, on tiny models."""
 
 import json
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +16,6 @@ from mfllm_ref.runs import LOCK_FILE, TIME_FIELDS
 from mfllm_ref.society import agora
 from mfllm_ref.society.readers import write_events
 
-ROOT = Path(__file__).resolve().parents[1]
 # A door and what it is run with; further stages of training go here.
 CASES = {
     "simulate": ["simulate.py", "--backbone", "{backbone}", "--events", "1", "--agents", "40", "--warmup", "10", "--batch", "5",
@@ -39,50 +35,16 @@ WITHOUT_PLANE = pytest.mark.parametrize("case", [name for name in CASES if name 
 KILLS = 4  # a case, at random times; and as many in the middle of an operation on the disk
 
 
-class Server:
-    """Runs doors in processes that can be killed; see door_server.py."""
-
-    def __init__(self) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, ROOT / "tests" / "door_server.py"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-
-    def ask(self, **request) -> dict:
-        print(json.dumps(request), file=self.process.stdin, flush=True)
-        return json.loads(self.process.stdout.readline())
-
-    def start(self, *arguments, **how) -> int:
-        return self.ask(start=[*map(str, arguments), "--threads", "1"], **how)["run"]
-
-    def together(self, arguments: list[str], outs: list[Path], hows: list[dict]) -> list[dict]:
-        """The same run into several folders, one process and core each."""
-        started = [self.start(*arguments, "--out", out, **how) for out, how in zip(outs, hows, strict=True)]
-        return [self.ask(end=run) for run in started]
-
-    def run(self, *arguments, **how) -> dict:
-        end = {key: how.pop(key) for key in ("signal", "after") if key in how}
-        return self.ask(end=self.start(*arguments, **how), **end)
-
-
-@pytest.fixture(scope="module")
-def server():
-    server = Server()
-    yield server
-    server.process.stdin.close()
-    assert server.process.wait(20) == 0
-
-
 @pytest.fixture(scope="module", params=CASES)
-def case(request, server, random_folder, tmp_path_factory):
+def case(request, server, shallow_folder, tmp_path_factory):
     """(arguments, what an uninterrupted run leaves, its result)."""
     folder = tmp_path_factory.mktemp(request.param)
     events = [agora.event("train", index) for index in range(6)]
     write_events([replace(event, actions=event.actions[:70], posts=()) for event in events], folder / "events.jsonl")
-    lm = LanguageModel.load(random_folder)
+    lm = LanguageModel.load(shallow_folder)
     lm.add_adapter("sft", rank=2)
     lm.save_adapter("sft", folder / "sft")
-    places = {"backbone": random_folder, "data": folder / "events.jsonl", "sft": folder / "sft"}
+    places = {"backbone": shallow_folder, "data": folder / "events.jsonl", "sft": folder / "sft"}
     arguments = [word.format(**places) for word in CASES[request.param]]
     whole = server.run(*arguments, "--out", folder / "whole")
     assert whole["code"] == 0 and whole["stderr"] == "", whole
@@ -103,7 +65,7 @@ def contents(out: Path) -> dict[str, object]:
     return found
 
 
-def resumed(server: Server, arguments: list[str], expected: dict[str, object], *outs: Path) -> None:
+def resumed(server, arguments: list[str], expected: dict[str, object], *outs: Path) -> None:
     """--resume ends, and what is there is what an uninterrupted run leaves."""
     for out, result in zip(outs, server.together([*arguments, "--resume"], list(outs), [{}] * len(outs)), strict=True):
         assert result["code"] == 0 and result["stderr"] == "", result

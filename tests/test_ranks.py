@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch.distributed
@@ -14,8 +15,9 @@ import torch.distributed
 from mfllm_ref import ranks
 from mfllm_ref.society import agora
 from mfllm_ref.society.readers import write_events
-from tests.test_crashes import CASES, ROOT, Server, contents
+from tests.test_crashes import CASES, contents
 
+ROOT = Path(__file__).resolve().parents[1]
 # 320 agents a step with a model, which are two chunks; a mean field, and a method without a model
 SIMULATE = ["simulate.py", "--events", "2", "--seeds", "4", "--agents", "50", "--warmup", "10", "--batch", "20", "--threads", "1",
             "--method", "recent,persistence,mf-llm-no-ib", "--action-tokens", "4", "--summary-tokens", "6"]  # fmt: skip
@@ -41,20 +43,12 @@ sys.exit(doors.run_door("simulate.py", simulate.main))
 
 
 @pytest.fixture(scope="module")
-def server():
-    server = Server()
-    yield server
-    server.process.stdin.close()
-    assert server.process.wait(20) == 0
-
-
-@pytest.fixture(scope="module")
-def cases(random_folder, tmp_path_factory):
+def cases(shallow_folder, tmp_path_factory):
     """test_crashes' doors with their arguments, by name."""
     folder = tmp_path_factory.mktemp("ranks")
     events = [agora.event("train", index) for index in range(6)]
     write_events([replace(event, actions=event.actions[:70], posts=()) for event in events], folder / "events.jsonl")
-    places = {"backbone": random_folder, "data": folder / "events.jsonl", "sft": folder}
+    places = {"backbone": shallow_folder, "data": folder / "events.jsonl", "sft": folder}
     return {name: [word.format(**places) for word in words] for name, words in CASES.items()}
 
 
@@ -95,10 +89,10 @@ def torchrun(*arguments):
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment)
 
 
-def test_torchrun_and_a_single_process_write_the_same_bytes(random_folder, tmp_path):
+def test_torchrun_and_a_single_process_write_the_same_bytes(shallow_folder, tmp_path):
     """A job by torchrun; and one whose second process is killed on its way, which ends with one line within a minute, and
     which a single process then ends."""
-    arguments = [*SIMULATE[1:], "--backbone", random_folder, "--out"]
+    arguments = [*SIMULATE[1:], "--backbone", shallow_folder, "--out"]
     (tmp_path / "dies.py").write_text(DIES)
     job = torchrun(tmp_path / "dies.py", *arguments, tmp_path / "cut")
     _, errors = job.communicate(timeout=60)

@@ -104,12 +104,12 @@ OPTIONS = ("--steps", "3,4", "--rows", 2, "--micro", 1, "--samples", 2, "--save-
 
 
 @pytest.fixture
-def options(data, random_folder, monkeypatch):
+def options(data, shallow_folder, monkeypatch):
     compare = tuning.compare  # small, as the random model's texts say nothing
     monkeypatch.setattr(tuning, "compare", lambda *a: compare(*a[:-1], replace(a[-1], action_tokens=2, summary_tokens=2)))
     monkeypatch.setattr(tuning, "SHOWN", 1)
     monkeypatch.setattr(tuning, "response_curves", partial(response_curves, agents=3, action_tokens=4))
-    return ["--data", data, "--backbone", random_folder, *OPTIONS]
+    return ["--data", data, "--backbone", shallow_folder, *OPTIONS]
 
 
 def test_a_run_writes_adapters_logs_and_pictures_and_resumes_to_the_same_bytes(options, tmp_path, monkeypatch, door):
