@@ -223,7 +223,7 @@ def test_a_pretrained_folder_loads_in_transformers_and_a_killed_run_resumes_to_t
     monkeypatch.setitem(pretrain.SHAPES, "tiny", pretrain.Shape(32, 2, 4, 2, 48, 700))
     monkeypatch.setattr(pretrain, "TOKENIZER_DOCUMENTS", 100)
     options = ["--stage", "pretrain", "--data", small_data, "--shape", "tiny", "--steps", 4, "--rows", 2]
-    options += ["--save-every", 2, "--threads", 1, "--half-life", 960]
+    options += ["--save-every", 2, "--threads", 1, "--half-life", 960, "--leave-out", "agora-train-0003"]
     assert door(*options, "--out", tmp_path / "whole")[0] == 0
     lm = LanguageModel.load(tmp_path / "whole")
     ids = torch.tensor([lm.tokenizer.encode("Topic: a dam\nPost:\n")])
@@ -232,9 +232,9 @@ def test_a_pretrained_folder_loads_in_transformers_and_a_killed_run_resumes_to_t
     # Not AutoTokenizer: it forces Qwen2's own pieces on every checkpoint of type qwen2.
     assert PreTrainedTokenizerFast.from_pretrained(tmp_path / "whole").encode("Topic: a dam\nPost:\n") == ids[0].tolist()
     *log, last = [json.loads(line) for line in open(tmp_path / "whole" / "log.jsonl")]
-    pasts = pretrain.corpora(load_events(small_data), 10, 960)[1]
+    pasts = pretrain.corpora(load_events(small_data), 10, 960, ["agora-train-0003"])[1]
     lost = pretrain.held_out_loss(lm.backbone, lm.tokenizer, pasts, 32)
-    assert log[-1]["dev_loss"] == pytest.approx(lost, rel=0.002) != log[0]["dev_loss"], "of what is written, but for its rounding"
+    assert log[-1]["dev_loss"] == pytest.approx(lost, rel=2e-4) != log[0]["dev_loss"], "of what is written, but for its rounding"
     assert [row["step"] for row in log] == [0, 1, 2, 3] and (tmp_path / "whole" / "loss.png").stat().st_size > 5000
     assert json.loads((tmp_path / "whole" / "run.json").read_text())["settings"]["half_life"] == 960
     assert last == {"response": json.loads((tmp_path / "whole" / "run.json").read_text())["response"]}
