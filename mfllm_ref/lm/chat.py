@@ -49,7 +49,15 @@ class ChatTemplate:
 
     def render(self, messages: Sequence[Mapping[str, str]], variables: Mapping[str, Any]) -> list[str]:
         """The rendered chat in parts: what the template wrote in even places, contents (without white space at their
-        ends) in odd ones. messages: {"role", "content"} each. Raises InputError for whatever the template refuses."""
+        ends) in odd ones. messages: {"role", "content"} each. Raises InputError for whatever the template refuses, and where it
+        changes a content, which it may place or leave out."""
+        parts, whole = self._render(messages, variables)
+        if not whole and self._render(messages, variables)[0][::2] != parts[::2]:  # a piece of a stand-in is in them
+            raise InputError(f"{self.where}: the chat template changes what a message says")
+        return parts
+
+    def _render(self, messages: Sequence[Mapping[str, str]], variables: Mapping[str, Any]) -> tuple[list[str], bool]:
+        """(`render`'s parts, whether every content is among them)."""
         contents: dict[str, str] = {}
         stand_ins = []
         for message in messages:
@@ -58,8 +66,9 @@ class ChatTemplate:
             stand_ins.append({**message, "content": message["content"].replace(core, word, 1) if core else core})
         text = self._run({"tools": None, "documents": None, **variables, "messages": stand_ins})
         parts = re.split(f"({'|'.join(contents)})", text) if contents else [text]
+        whole = contents.keys() <= set(parts[1::2])
         parts[1::2] = [contents[word] for word in parts[1::2]]
-        return parts
+        return parts, whole
 
     def _run(self, variables: Mapping[str, Any]) -> str:
         global _worker

@@ -40,6 +40,8 @@ def load_backbone(path: str | Path, device: str | torch.device = "cpu", dtype: t
     Raises InputError, naming file and tensor, if the folder is not a complete, valid checkpoint of a supported family.
     """
     folder = Path(path)
+    if dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        raise InputError(f"dtype {dtype}: a backbone computes in torch.float64, float32, float16 or bfloat16")
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder")
     config = Config.from_json(read_object(folder / CONFIG, required=True), str(folder / CONFIG))

@@ -3,9 +3,8 @@
 Notable:
 - Prompts of one world begin alike (topic, posts, signal). Their longest common token prefix is run through the backbone
   once, and every agent of the world attends to it (kernels.agent_attention). Each prompt keeps its last token outside.
-- Decoding runs all agents of all worlds in one batch, one token a step. Rows of finished agents are dropped as soon as
-  they are over an eighth of the batch. On a GPU steps are replayed as a CUDA graph (`graphs`), and half of the batch may have
-  finished before a new one is recorded.
+- Decoding runs all agents of all worlds in one batch, one token a step. Rows of finished agents are dropped as soon as they are
+  over an eighth of the batch, or half of it on a GPU, where steps are replayed as a CUDA graph (`graphs`).
 - Work is cut into chunks that bound memory. The cut depends on lengths and options only, never on the machine or on how
   many processes share the chunks (`ranks`).
 """
@@ -112,8 +111,7 @@ class LanguageModel:
         greedy, top_k 0 and top_p 1 are off. A text ends before the end of text, before the first stop string, after
         max_new_tokens, or where the backbone's positions end. Special ids are left out of it.
         seeds: one whole number a prompt (default: its index); the noise of its n-th token depends on (seed, n) alone.
-        adapters: the one that continues each prompt (None: the bare backbone), in place of the active one; they decode
-        together, so that many adapters take as many steps as one.
+        adapters: the one that continues each prompt (None: the bare backbone), in place of the active one; they decode together.
         A text may be empty: the end may come first. Raises InputError for options out of range, prompts that are empty or
         too long, and ids the backbone does not have; FloatingPointError where logits are NaN or all -inf, so that there
         is nothing to draw from.
@@ -152,7 +150,9 @@ class LanguageModel:
         adapters: Sequence[str | None] | None, exact: bool, max_new_tokens: int, *options: Any,
     ) -> list[list[int]]:  # fmt: skip
         """The tokens of each continuation, with end of text if that ended it."""
-        ids, extra = self._prompt_ids(prompts), [max_new_tokens] * len(prompts)
+        ids, most = self._prompt_ids(prompts), self.backbone.config.max_positions + 1
+        extra = [min(max_new_tokens, most - len(row)) for row in ids]  # memory is for what may come, not for what is asked for
+        max_new_tokens = max(extra, default=0)
         chunks = self._chunks(ids, extra, worlds, adapters, ROWS[self.device.type == "cpu"])
         if max_new_tokens == 0:
             return [[] for _ in prompts]
@@ -264,11 +264,11 @@ class LanguageModel:
         ids = self._encode(prompts, () if self.tokenizer.bos_id is None else (self.tokenizer.bos_id,))
         limit = self.backbone.config.max_positions
         for i, row in enumerate(ids):
-            length = len(row) + (len(targets[i]) if targets is not None else 0)
             if not row:
-                raise InputError(f"prompt {i} is empty, and this checkpoint's tokenizer puts no token in front")
-            if length > limit:
-                raise InputError(f"prompt {i} has {length} tokens, more than the backbone's {limit} positions")
+                raise InputError(f"prompt {i} has no token, not even one that the tokenizer puts in front of a text")
+            if (length := len(row) + (len(targets[i][:-1]) if targets is not None else 0)) > limit:  # a last target is not read
+                with_what = "" if targets is None else ", with its continuation up to the last token,"
+                raise InputError(f"prompt {i}{with_what} has {length} tokens, more than the backbone's {limit} positions")
         return ids
 
     def _chunks(
@@ -277,7 +277,7 @@ class LanguageModel:
     ) -> list[list[World]]:  # fmt: skip
         """Chunks of worlds (`worlds.cut`) that keep the cache and the logits within bounds, of about `rows` agents at most;
         `extra` is how many tokens each prompt may grow by."""
-        keys = [0] * len(ids) if worlds is None else worlds
+        keys = [0] * len(ids) if worlds is None else worlds.tolist() if isinstance(worlds, Tensor) else worlds
         names = [self.adapters.active] * len(ids) if adapters is None else adapters
         for what, given in (("worlds", keys), ("adapters", names)):
             if len(given) != len(ids):
@@ -307,7 +307,7 @@ class LanguageModel:
         self.adapters.mix(names, adapter)
         tokens = np.zeros((len(prompts), max_new_tokens), dtype=np.int64)
         counts = np.zeros(len(prompts), dtype=np.int64)  # tokens per agent, with end of text
-        limits = np.minimum(max_new_tokens, config.max_positions + 1 - np.array([len(row) for row in prompts]))
+        limits = config.max_positions + 1 - np.array([len(row) for row in prompts])
         row_of = np.arange(len(prompts))  # the agent in each row of the batch
         alive = np.ones(len(prompts), dtype=bool)  # by row
         seen = square(prompts, max_new_tokens, device) if penalty != 1 else None

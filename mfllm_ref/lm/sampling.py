@@ -6,6 +6,7 @@ over agents.
 """
 
 from collections.abc import Sequence
+from operator import index
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 def hash_seeds(seeds: Sequence[int]) -> np.ndarray:
     """Whole numbers of any size or sign, taken modulo 2^64 -> uint64 [agents], scrambled."""
-    return _mix(np.array([int(seed) & 0xFFFFFFFFFFFFFFFF for seed in seeds], dtype=np.uint64) + _WEYL)
+    return _mix(np.array([index(seed) & 0xFFFFFFFFFFFFFFFF for seed in seeds], dtype=np.uint64) + _WEYL)
 
 
 def uniforms(hashed: np.ndarray, position: int) -> np.ndarray:

@@ -67,7 +67,8 @@ class Tokenizer:
         self.eos_ids = tuple(sorted({*declared, *own}))
         self._ending: dict[tuple[tuple[str, ...], int], np.ndarray] = {}
         self.end_id = end if end in self.eos_ids else next(iter(declared), None)
-        prepends = config.get("add_bos_token")
+        # As in transformers, a tokenizer.json says itself what it puts in front.
+        prepends = config.get("add_bos_token") if isinstance(model, _SentencePiece) else None
         self.bos_id = model.bos if prepends is None else self._id("bos_token") if prepends else None
 
     def _id(self, name: str) -> int | None:
@@ -167,9 +168,28 @@ def _content(token: Any) -> str | None:
 
 def _ids(value: Any, where: Path) -> tuple[int, ...]:
     values = value if isinstance(value, list) else [] if value is None else [value]
-    if any(type(value) is not int or value < 0 for value in values):
+    if any(type(value) is not int or not 0 <= value < 2**31 for value in values):
         raise InputError(f"{where}: eos_token_id must be a token id or a list of them, not {value!r:.60}")
     return tuple(values)
+
+
+def _declared(folder: Path, config: dict[str, Any]) -> tuple[dict[str, Added], set[str]]:
+    """(the added tokens that added_tokens.json and `config`, the parsed tokenizer_config.json, name; all special tokens that a
+    folder names)."""
+    names = read_object(folder / "special_tokens_map.json") | config
+    extra = names.get("extra_special_tokens")
+    named = (names | extra if isinstance(extra, dict) else names).items()  # a model's own, image_token say, too
+    special = {text for key, token in named if key.endswith("_token") and (text := _content(token)) is not None}
+    try:
+        given = {token: Added(id, token in special) for token, id in read_object(folder / "added_tokens.json").items()}
+        for id, token in (config.get("added_tokens_decoder") or {}).items():
+            given[token["content"]] = Added(int(id), *(bool(token.get(key)) for key in Added._fields[1:]))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{folder}: damaged added_tokens_decoder in tokenizer_config.json ({error!r:.80})") from None
+    for token, added in given.items():
+        if not isinstance(token, str) or not token or type(added.id) is not int or not 0 <= added.id < 2**24:
+            raise InputError(f"{folder}: an added token must be text with an id, not {token!r:.60} with {added.id!r:.60}")
+    return given, special | {token for token, added in given.items() if added.special}
 
 
 class _Model:
@@ -191,17 +211,16 @@ class _Json(_Model):
 
     def __init__(self, path: Path, config: dict[str, Any]) -> None:
         spec = read_object(path, required=True)
+        declared, special = _declared(path.parent, config)
         try:
             _check_merges(spec)
             self.full = tokenizers.Tokenizer.from_str(json.dumps(spec))
-            names = read_object(path.with_name("special_tokens_map.json")) | config
-            decoder = config.get("added_tokens_decoder")
-            entries = decoder.values() if isinstance(decoder, dict) else ()
-            flagged = [entry for entry in entries if isinstance(entry, dict) and entry.get("special") is True]
-            extra = names.get("extra_special_tokens")
-            named = (names | extra if isinstance(extra, dict) else names).items()  # a model's own, image_token say, too
-            given = [token for key, token in named if key.endswith("_token")]
-            special = {text for token in [*given, *flagged] if (text := _content(token)) is not None}
+            for token, (id, *_) in sorted(declared.items(), key=lambda item: item[1].id):
+                if self.full.token_to_id(token) is None:
+                    flags = dict(zip(Added._fields[1:], declared[token][1:]))
+                    self.full.add_tokens([tokenizers.AddedToken(token, normalized=not flags["special"], **flags)])
+                    if self.full.token_to_id(token) != id:
+                        raise ValueError(f"the next added token would get another id than {token!r:.60} has, {id}")
             self.full.add_special_tokens(sorted(text for text in special if self.full.token_to_id(text) is not None))
             self.full.no_truncation()
             self.full.no_padding()
@@ -215,12 +234,13 @@ class _Json(_Model):
             once = re.sub(r'("prepend_scheme": )"first"', r'\1"never"', plain)
             self.later = self.plain if once == plain else tokenizers.Tokenizer.from_str(once)
             self.size = max(self.full.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-            bare, whole = (self.full.encode("a", add_special_tokens=add).ids for add in (False, True))
+            text = next((t for t in ("a", *self.full.get_vocab()) if self.full.encode(t, add_special_tokens=False).ids), "")
+            bare, whole = (self.full.encode(text, add_special_tokens=add).ids for add in (False, True))
         except BaseException as error:  # the library raises nothing more specific, and its panics are not even Exceptions
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
             raise InputError(f"{path}: not a tokenizer: {error}") from None
-        self.bos = whole[0] if len(whole) > len(bare) and whole[:1] != bare[:1] else None
+        self.bos = whole[0] if len(whole) > len(bare) > 0 and whole[0] != bare[0] else None
 
     def id(self, token: str) -> int | None:
         return self.full.token_to_id(token)
@@ -290,9 +310,8 @@ class _SentencePiece(_Model):
     become bytes, BOS comes first unless tokenizer_config.json says otherwise."""
 
     def __init__(self, path: Path, config: dict[str, Any]) -> None:
-        extra = read_object(path.with_name("added_tokens.json"))
         try:
-            proto = _demote(path.read_bytes())
+            proto, defined = _demote(path.read_bytes())
             space = config.get("add_prefix_space") is not False
             bare = proto + b"\x1a\x02\x18\x00"  # protobuf merges repeats: normalizer_spec { add_dummy_prefix: false }
             self.later = sentencepiece.SentencePieceProcessor(model_proto=bare)
@@ -304,18 +323,9 @@ class _SentencePiece(_Model):
         model = self.plain
         pieces = [model.id_to_piece(i) for i in range(model.get_piece_size())]
         self.bytes = {i: int(piece[3:-1], 16) for i, piece in enumerate(pieces) if model.is_byte(i)}
-        self.added = {pieces[i]: Added(i) for i in range(len(pieces)) if model.is_control(i) or model.is_unknown(i)}
-        try:
-            given = {token: Added(id) for token, id in extra.items()}
-            for id, token in config.get("added_tokens_decoder", {}).items():
-                flags = {key: bool(token.get(key)) for key in ("special", "lstrip", "rstrip", "single_word")}
-                given[token["content"]] = Added(int(id), **flags)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{path.parent}: damaged added_tokens_decoder in tokenizer_config.json ({error!r:.80})") from None
-        for token, added in given.items():
-            if not isinstance(token, str) or not token or type(added.id) is not int or not 0 <= added.id < 2**24:
-                raise InputError(f"{path.parent}: an added token must be text with an id, not {token!r:.60} with {added.id!r:.60}")
-        self.added |= given
+        apart = [i for i in range(len(pieces)) if model.is_control(i) or model.is_unknown(i)]
+        self.added = {pieces[i]: Added(i, special=i not in defined) for i in apart}
+        self.added |= _declared(path.parent, config)[0]
         self.pieces = dict(enumerate(pieces)) | {added.id: token for token, added in self.added.items()}
         self.ids = {piece: id for id, piece in self.pieces.items()}
         self.silent = {added.id for added in self.added.values() if added.special}
@@ -352,10 +362,11 @@ class _SentencePiece(_Model):
         return joined[1:] if self.strips and joined.startswith(" ") else joined
 
 
-def _demote(proto: bytes) -> bytes:
-    """A sentencepiece model with its user-defined pieces, which would be matched in text, made control pieces, which
-    are not. ModelProto's field 1 is a piece, whose field 3 is its type; both are found by walking protobuf's fields."""
-    out, at = bytearray(proto), 0
+def _demote(proto: bytes) -> tuple[bytes, set[int]]:
+    """(a sentencepiece model with its user-defined pieces, which would be matched in text, made control pieces, which are not;
+    their ids). ModelProto's field 1 is a piece, whose field 3 is its type; both are found by walking protobuf's fields."""
+    out, at, id = bytearray(proto), 0, -1
+    defined: set[int] = set()
 
     def varint(at: int) -> tuple[int, int]:
         value = shift = 0
@@ -371,10 +382,12 @@ def _demote(proto: bytes) -> bytes:
             raise ValueError("unexpected field")
         size, at = varint(at)
         end = at + size
+        id += key == 0x0A
         while key == 0x0A and at < end:
             field, at = varint(at)
             if field == 0x18 and out[at] == USER_DEFINED:
                 out[at] = CONTROL
+                defined.add(id)
             if field & 7 == 5:
                 at += 4
             elif field & 7 == 2:
@@ -383,4 +396,4 @@ def _demote(proto: bytes) -> bytes:
             else:
                 _, at = varint(at)
         at = end
-    return bytes(out)
+    return bytes(out), defined

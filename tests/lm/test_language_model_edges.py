@@ -13,7 +13,11 @@ from mfllm_ref.lm import LanguageModel, worlds
 def test_bos_comes_first_where_the_tokenizer_puts_it(folder, tmp_path):
     for file in folder["llama"].iterdir():
         (tmp_path / file.name).symlink_to(file)
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "add_bos_token": True}))
+    spec = json.loads((tmp_path / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer.json").unlink()
+    first = {"single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}], "pair": []}
+    template = {"type": "TemplateProcessing", **first, "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec | {"post_processor": template}))
     lm, bare = (LanguageModel.load(path, dtype=torch.float64) for path in (tmp_path, folder["llama"]))
     ids = [1, *lm.tokenizer.encode("the rumor")]
     assert 1 not in lm.tokenizer.encode("the rumor")
@@ -30,8 +34,11 @@ def test_positions_run_out(lm):
     assert long == [lm.generate([full], 1, 0)[0], lm.generate([full[:-3]], 4, 0)[0]]
     with pytest.raises(InputError, match="prompt 1 has 97 tokens"):
         lm.generate([[5], full + [5]])
-    with pytest.raises(InputError, match="prompt 0 has 98 tokens"):
+    written = lm.sample([full[:-3]], 9)[0]
+    assert len(written) == 4 and lm.log_prob([full[:-3]], [written]) < 0, "what was written can be scored"
+    with pytest.raises(InputError, match="prompt 0, with its continuation up to the last token, has 97 tokens"):
         lm.log_prob([full], [[5, 6]])
+    assert lm.generate([full[:-3]], 10**13, temperature=0, repetition_penalty=1.1) == lm.generate([full[:-3]], 4, 0, repetition_penalty=1.1)
 
 
 def test_no_nan_leaves_silently(folder):

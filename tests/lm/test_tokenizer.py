@@ -231,7 +231,8 @@ def test_no_control_or_user_defined_piece_comes_from_text_in_sentencepiece(tmp_p
     (tmp_path / "tokenizer.model").write_bytes(
         llama_model(user_defined_symbols=["<|im_end|>"], control_symbols=["[INST]"])
     )
-    (tmp_path / "added_tokens.json").write_text(json.dumps({"<pad>": 520}))
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<pad>": 520, "<note>": 521}))
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"pad_token": "<pad>"}))
     ours = Tokenizer.load(tmp_path)
     assert {"<|im_end|>", "[INST]", "<s>", "</s>", "<unk>", "<pad>"} <= set(ours.model.added)
     raw = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
@@ -241,6 +242,8 @@ def test_no_control_or_user_defined_piece_comes_from_text_in_sentencepiece(tmp_p
         assert not {token.id for token in ours.model.added.values()} & set(ids), text
         assert ours.decode(ids) == text
     assert ours.decode([520, *ours.encode("a")]) == "a"
+    told = [*ours.encode("a"), raw.piece_to_id("<|im_end|>"), raw.piece_to_id("[INST]"), 521]
+    assert ours.decode(told) == "a<|im_end|><note>", "what is neither a control token nor called special is read"
 
 
 @given(st.text(max_size=40))
@@ -352,16 +355,29 @@ def test_end_of_text_ids(tmp_path):
     assert Tokenizer.load(folder).eos_ids == (2, 5)
     assert Tokenizer.load(write(tmp_path, "qwen", QWEN, eos_token="<|im_end|>")).eos_ids == (2, 4, 5)
     assert Tokenizer.load(folder).end_id == 4
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": "two"}))
-    with pytest.raises(InputError, match="generation_config.json"):
-        Tokenizer.load(folder)
+    for wrong in ("two", 2**63, -1, [1, None]):
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": wrong}))
+        with pytest.raises(InputError, match="generation_config.json"):
+            Tokenizer.load(folder)
 
 
 def test_bos_only_where_the_checkpoints_tokenizer_puts_one(tmp_path):
     assert Tokenizer.load(write(tmp_path, "qwen")).bos_id is None
     assert Tokenizer.load(write(tmp_path, "llama3")).bos_id == 1
-    assert Tokenizer.load(write(tmp_path, "qwen", add_bos_token=True)).bos_id == 1
-    assert Tokenizer.load(write(tmp_path, "llama3", add_bos_token=False)).bos_id is None
+    for kind, says in (("qwen", True), ("llama3", False)):  # a tokenizer.json's own template counts, as in transformers
+        folder = write(tmp_path, kind, add_bos_token=says)
+        theirs = transformers.PreTrainedTokenizerFast.from_pretrained(folder).encode("a")
+        ours = Tokenizer.load(folder)
+        assert [*([] if ours.bos_id is None else [ours.bos_id]), *ours.encode("a")] == theirs
+    last = tk.Tokenizer(tk.models.BPE({"\u4f60": 0, "\u597d": 1, "</s>": 2}, []))
+    last.post_processor = tk.processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 2)])
+    last.save(str(tmp_path / "tokenizer.json"))
+    assert Tokenizer.load(tmp_path).bos_id is None, "what comes last, whatever the letters that the vocabulary lacks"
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "tokenizer.model").write_bytes(llama_model())
+    for says, bos in ((None, 1), (True, 1), (False, None)):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": says, "bos_token": "<s>"}))
+        assert Tokenizer.load(tmp_path).bos_id == bos
 
 
 def test_bad_input_is_one_line_that_names_it(tmp_path):
