@@ -86,8 +86,9 @@ def agent_attention(
     padding and return 0. With window w, key j is visible to position i iff i - w < j <= i, over prefix and suffix
     together. Unused slots may hold NaN. Differentiable where an input requires grad. Keys and values of another dtype than q's
     are converted. Triton's products are of q's dtype, summed in float32. PyTorch computes float16 in float32. In
-    bfloat16 it rounds scores (less that of one key, so their level is of no account if there is a prefix) before a softmax in
-    float32: the relative error, of norms, is 0.5% where scores spread by one nat and about 1% where they spread by 3 to 10.
+    bfloat16 it rounds scores (less that of the row's own key, so their level is of no account) before a softmax in float32: the
+    relative error, of norms, is 0.5% where scores spread by one nat and about 1% where they spread by 3 to 10. Under autocast it
+    computes in autocast's dtype.
 
     plan: what `Plan` makes of the same lengths and window, where many calls share them. Its lengths count then: of those given
     here only the shapes are checked. Raises ValueError for lengths, shapes and devices that do not fit together, and for a
@@ -112,15 +113,23 @@ def agent_attention(
 
         return fused_attention(*inputs, plan)[0]
     compute = q.dtype if q.dtype == torch.bfloat16 else torch.promote_types(q.dtype, torch.float32)
-    tensors = [x.to(compute) for x in inputs]
+    if torch.is_autocast_enabled(q.device.type):  # as other attention does; `_grouped` must know what its products are of
+        with torch.autocast(q.device.type, enabled=False):
+            return _pytorch(plan, inputs, torch.get_autocast_dtype(q.device.type), differentiable)
+    return _pytorch(plan, inputs, compute, differentiable)
+
+
+def _pytorch(plan: Plan, inputs: tuple[Tensor, ...], compute: torch.dtype, differentiable: bool) -> Tensor:
+    """inputs: q, prefix_k, prefix_v, suffix_k, suffix_v. The result has q's dtype."""
+    q, tensors = inputs[0], [x.to(compute) for x in inputs]
     if not differentiable:
         flash = compute == torch.float32 and q.device.type == "cpu" and plan.sees_prefixes
         out = (_flash if flash else _grouped)(plan, *tensors)
         if math.isfinite(out.sum()):
             return out.to(q.dtype)
     clean = [tensors[0] if plan.padding is None else tensors[0].masked_fill(plan.padding, 0)]
-    for x, length in zip(tensors[1:], (prefix_len, prefix_len, suffix_len, suffix_len), strict=True):
-        unused = torch.arange(x.shape[2], device=x.device) >= length.to(x.device)[:, None]
+    for x, length in zip(tensors[1:], [plan.lengths[0]] * 2 + [plan.lengths[1]] * 2, strict=True):
+        unused = torch.arange(x.shape[2], device=x.device) >= length[:, None]
         clean.append(x.masked_fill(unused[:, None, :, None], 0))
     out = _grouped(plan, *clean).to(q.dtype)
     return out + _nothing(inputs)  # agents may read no prefix, or nobody those of some worlds
@@ -162,18 +171,18 @@ def _grouped(plan: Plan, q: Tensor, prefix_k: Tensor, prefix_v: Tensor, suffix_k
     for piece in plan.pieces(CELLS):
         some, worlds, prefix = piece.agents, piece.worlds, piece.prefix
         mine, less = rows[some], None
-        if prefix:
-            ours, known = _by_world(mine, piece), prefix_k[worlds, :, :prefix]
-            if q.dtype == torch.bfloat16:  # with one key, the last that all have: their first draws attention of its own
-                last = max(1, int(plan.prefix[worlds].min()))
-                less = (ours @ known[:, :, last - 1 : last].mT).detach()
-        own = _scores(mine, suffix_k[some], less if less is None else _by_agent(less, piece))
+        if q.dtype == torch.bfloat16:  # with each row's own key, which is used and in any window
+            at = plan.own_key[some, None, :, None].expand(-1, suffix_k.shape[1], -1, head_dim)
+            key = suffix_k[some].gather(2, at)[:, :, None]
+            less = (mine.view(*mine.shape[:2], -1, q_len, head_dim) * key).sum(-1).flatten(2)[..., None].detach()
+        own = _scores(mine, suffix_k[some], less)
         if plan.suffix_mask is not None:
             own.view(*own.shape[:2], -1, q_len, own.shape[3]).add_(plan.suffix_mask[some])
         if not prefix:
             done.append(own.softmax(dim=-1, dtype=wide).to(own.dtype) @ suffix_v[some])
             continue
-        shared = _scores(ours, known, less)
+        level = less if less is None else _by_world(less, piece)
+        shared = _scores(_by_world(mine, piece), prefix_k[worlds, :, :prefix], level)
         if piece.mask is not None:
             shared.view(*shared.shape[:2], piece.width, -1, q_len, prefix).add_(piece.mask)
         shares = torch.cat((shared, _by_world(own, piece)), dim=-1).softmax(dim=-1, dtype=wide).to(own.dtype)

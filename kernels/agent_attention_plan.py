@@ -38,14 +38,17 @@ class Plan:
         self, heads: int, q_len: int, prefix_len: Tensor, prefix_max: int, suffix_len: Tensor, suffix_max: int,
         world: Tensor, window: int | None = None, device: torch.device | str = "cpu", grain: int = 1,
     ) -> None:  # fmt: skip
+        for name, given in (("prefix_len", prefix_len), ("suffix_len", suffix_len), ("world", world)):
+            if given.dtype not in (torch.int32, torch.int64):
+                raise ValueError(f"{name} must hold int32 or int64, not {given.dtype}")
         prefix, own, of = (x.detach().cpu().numpy().astype(np.int64) for x in (prefix_len, suffix_len, world))
         if len(own) != len(of) or (of[1:] < of[:-1]).any() or (len(of) and not 0 <= of[0] <= of[-1] < len(prefix)):
             raise ValueError("world must hold one non-decreasing index into the prefixes for every agent")
         for name, lengths, most in (("prefix_len", prefix, prefix_max), ("suffix_len", own, suffix_max)):
             if len(lengths) and not 0 <= lengths.min() <= lengths.max() <= most:
                 raise ValueError(f"{name} must lie between 0 and {most}, the slots there are")
-        if window is not None and window < 1:
-            raise ValueError(f"window must be at least 1, not {window}")
+        if window is not None and (not isinstance(window, int | np.integer) or window < 1):
+            raise ValueError(f"window must be a whole number of at least 1, not {window}")
         self.reach = int(prefix.max(initial=0) + own.max(initial=0))
         self.shape, self.device, self.suffix_max = (len(of), heads, q_len), torch.device(device), suffix_max
         self.window = self.hiding(window)
@@ -79,6 +82,11 @@ class Plan:
     def padding(self) -> Tensor | None:
         row = self.row < 0
         return torch.from_numpy(row).to(self.device)[:, None, :, None] if row.any() else None
+
+    @cached_property
+    def own_key(self) -> Tensor:
+        """int64 [agents, q_len]: the slot of each query row's own key; padding has the first."""
+        return torch.from_numpy(np.maximum(self.row, 0)).to(self.device)
 
     @cached_property
     def suffix_mask(self) -> Tensor | None:

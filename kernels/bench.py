@@ -131,15 +131,6 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
-def _file(text: str) -> Path:
-    """A path that can be written, which is tried at once and not after minutes of measuring."""
-    try:
-        with open(text, "a"):
-            return Path(text)
-    except (OSError, ValueError) as error:
-        raise argparse.ArgumentTypeError(f"cannot write {text!r}: {getattr(error, 'strerror', None) or error}") from None
-
-
 def models(kernels: tuple[str, ...], devices: tuple[str, ...]) -> list[dict]:
     """The analytic cost model of every shape: FLOPs and bytes that no implementation can avoid."""
     rows = []
@@ -156,8 +147,13 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line: exit code 0, 2 for bad arguments, 130 on Ctrl-C, with what was measured until then in FILE."""
     parser = _Parser(prog="python -m kernels.bench", description=__doc__.split("\n\n")[0])
     parser.add_argument("kernel", nargs="?", choices=("agent_attention", "ib_loss"), help="default: both")
-    parser.add_argument("--json", type=_file, metavar="FILE", help="write every row here too, a shape at a time")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every row here too, a shape at a time")
     options = parser.parse_args(arguments)
+    if options.json is not None:  # tried at once and not after minutes of measuring
+        try:
+            open(options.json, "a").close()
+        except (OSError, ValueError) as error:
+            parser.error(f"argument --json: cannot write {str(options.json)!r}: {getattr(error, 'strerror', None) or error}")
     run: dict = {"rows": []}
     try:
         for _ in _measured(run, (options.kernel,) if options.kernel else ("agent_attention", "ib_loss")):
@@ -166,6 +162,9 @@ def main(arguments: list[str] | None = None) -> int:
         _save(run, options.json)
         print("interrupted", file=sys.stderr)
         return 130
+    except OSError as error:  # a full disk, or nobody reads stdout any more
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -63,15 +63,20 @@ def ib_loss(hidden: Tensor, prior_hidden: Tensor, weight: Tensor, targets: Tenso
     hidden [tokens, dim]; prior_hidden [tokens, dim]; weight [vocab, dim]; targets int64 [tokens], -100 = ignored: all
     three terms are 0. Each term is float32 [tokens], computed in float32; float64 hidden states give float64 terms.
     Differentiable (once) in log_prob and kl with respect to hidden alone: prior and head are frozen. Adding one
-    constant to all logits of a token changes nothing, and logits of +-1e4 do not overflow. Raises ValueError for shapes
-    that do not fit together and targets outside the vocabulary.
+    constant to all logits of a token changes nothing, and logits of +-1e4 do not overflow. Triton's products are of
+    hidden's dtype, to which prior_hidden and weight are converted. Raises ValueError for shapes, dtypes and devices that
+    do not fit together and targets outside the vocabulary.
     """
-    tokens, dim = hidden.shape
-    if prior_hidden.shape != hidden.shape or weight.shape[1:] != (dim,) or targets.shape != (tokens,):
+    shape, inputs = hidden.shape, (hidden, prior_hidden, weight)
+    if len(shape) != 2 or prior_hidden.shape != shape or weight.shape[1:] != shape[1:] or targets.shape != shape[:1]:
         raise ValueError(
             f"hidden {tuple(hidden.shape)}, prior_hidden {tuple(prior_hidden.shape)}, weight {tuple(weight.shape)} and "
             f"targets {tuple(targets.shape)} must be [tokens, dim], [tokens, dim], [vocab, dim] and [tokens]"
         )
+    integer = targets.dtype in (torch.int32, torch.int64)
+    if not integer or not all(map(torch.is_floating_point, inputs)) or len({x.device for x in (*inputs, targets)}) > 1:
+        found = ", ".join(f"{x.dtype} on {x.device}" for x in (*inputs, targets))
+        raise ValueError(f"hidden, prior_hidden, weight and targets must be three times floats and int64 on one device, not {found}")
     kept = targets != IGNORED
     wrong = kept & ((targets < 0) | (targets >= weight.shape[0]))
     if wrong.any():
@@ -85,7 +90,7 @@ def ib_loss(hidden: Tensor, prior_hidden: Tensor, weight: Tensor, targets: Tenso
         return IBTerms(*Fused.apply(hidden, prior_hidden.detach(), weight.detach(), targets, differentiable))
     some = kept.nonzero()[:, 0]  # ignored tokens are not computed at all
     terms = Fused.apply(hidden[some], prior_hidden.detach()[some], weight.detach(), targets[some], differentiable)
-    return IBTerms(*(term.new_zeros(tokens).index_put((some,), term) for term in terms))
+    return IBTerms(*(term.new_zeros(shape[:1]).index_put((some,), term) for term in terms))
 
 
 class _Streamed(torch.autograd.Function):

@@ -169,7 +169,8 @@ def _aligned(x: Tensor) -> Tensor:
     """x with rows that a descriptor can read, which begin at multiples of 16 bytes: where they do not, a copy padded with 0."""
     missing = -x.shape[1] % (16 // x.element_size())
     x = F.pad(x, (0, missing)) if missing else x.contiguous()
-    return x if x.data_ptr() % 16 == 0 else x.clone()
+    neat = x.data_ptr() % 16 == 0 and x.stride() == (x.shape[1], 1)  # one row alone is contiguous whatever its stride says
+    return x if neat else x.clone(memory_format=torch.contiguous_format)
 
 
 class Fused(torch.autograd.Function):

@@ -310,13 +310,12 @@ def test_a_plan_made_once_serves_many_layers(path):
 @pytest.mark.parametrize(
     "change",
     [
-        {"world": torch.tensor([1, 0, 0], dtype=torch.int32)},
-        {"world": torch.tensor([0, 1, 2], dtype=torch.int32)},
+        {"world": torch.tensor([1, 0, 0], dtype=torch.int32)}, {"world": torch.tensor([0, 1, 2], dtype=torch.int32)},
         {"prefix_len": torch.tensor([4, 6], dtype=torch.int32)},
         {"suffix_len": torch.tensor([4, 1, -1], dtype=torch.int32)},
-        {"window": 0},
+        {"window": 0}, {"window": 2.5},
     ],
-)
+)  # fmt: skip
 def test_impossible_lengths_are_refused(change):
     with pytest.raises(ValueError):
         agent_attention(**{**make([2, 1], 2, 5, 4), **change})
@@ -353,6 +352,9 @@ def test_integers_and_other_devices_are_refused():
         agent_attention(**case | {"suffix_v": case["suffix_v"].to("meta")})
     with pytest.raises(ValueError, match="floating-point"):
         agent_attention(**case | {"prefix_k": case["prefix_k"].int()})
+    for name in ("prefix_len", "suffix_len", "world"):
+        with pytest.raises(ValueError, match=f"{name} must hold int32 or int64"):
+            agent_attention(**case | {name: case[name].float()})
 
 
 @pytest.mark.parametrize(

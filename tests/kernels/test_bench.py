@@ -105,6 +105,15 @@ def test_an_interrupted_run_keeps_what_it_measured(small_runs, monkeypatch, caps
     assert [row["name"] for row in json.loads(small_runs.read_text())["rows"]] == ["agent_attention", "SDPA, prefix repeated"]
 
 
+def test_a_disk_that_fills_up_is_one_line(small_runs, capsys):
+    """And a call that is refused leaves no file."""
+    assert bench.main(["--json", "/dev/full"]) == 2
+    assert capsys.readouterr().err.splitlines() == ["python -m kernels.bench: [Errno 28] No space left on device"]
+    with pytest.raises(SystemExit):
+        bench.main(["--json", str(small_runs), "nonsense"])
+    assert not small_runs.exists()
+
+
 def test_the_cost_model_is_printed_and_written_for_gpu_shapes_too(monkeypatch, capsys):
     """Those of the issue: 32 worlds of 256 agents, decode."""
     first = bench.models(("agent_attention", "ib_loss"), ("cuda",))[0]

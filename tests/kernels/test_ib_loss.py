@@ -210,6 +210,31 @@ def test_extra_memory_is_a_small_share_of_the_logits(monkeypatch, dim, ignored):
     assert 512 * dim * 4 < most < 0.05 * 512 * 19_008 * 4, most
 
 
+@pytest.mark.parametrize("tokens, vocab", [(1, 10), (5, 1), (1, 1)])
+def test_one_token_or_word_may_be_a_slice_or_a_transpose(path, tokens, vocab):
+    """What is contiguous though its only row's stride is any number."""
+    hidden, prior, weight = (torch.randn(n + 2, 65)[:n, :64] for n in (tokens, tokens, vocab))
+    hidden, prior = (x if tokens > 1 else torch.randn(64, 1).T for x in (hidden, prior))
+    case, upstream = (hidden, prior, weight, torch.zeros(tokens, dtype=torch.int64)), torch.ones(2, tokens)
+    given = tuple(x.to(path) for x in case)
+    for one, other in zip(ib_loss(*given), ib_loss_reference(*given), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+    close(case, upstream, run(ib_loss, case, upstream, path), TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("change", [
+    {0: torch.zeros(3, 4, dtype=torch.int64)}, {1: torch.zeros(3, 4, dtype=torch.int32)}, {2: torch.zeros(7, 4, dtype=torch.complex64)},
+    {3: torch.zeros(3)}, {3: torch.zeros(3, dtype=torch.bool)}, {2: torch.zeros(7, 4, device="meta")}, {0: torch.zeros(4)},
+    {0: torch.zeros(1, 3, 4), 1: torch.zeros(1, 3, 4)}, {2: torch.zeros(())}, {2: torch.zeros(4)}, {3: torch.zeros(3, 1).long()},
+])  # fmt: skip
+def test_what_does_not_fit_together_is_refused(path, change):
+    case = [torch.randn(3, 4), torch.randn(3, 4), torch.randn(7, 4), torch.zeros(3, dtype=torch.int64)]
+    for i, x in change.items():
+        case[i] = x
+    with pytest.raises(ValueError, match="must be"):
+        ib_loss(*(x if x.is_meta else x.to(path) for x in case))
+
+
 def test_pieces_are_no_larger_than_vocabulary_and_tokens():
     """Two tokens and ten words need no room for 2**18 logits."""
     assert peak(make(2, 4, 10, torch.float32, ignored=0)[0]) < 10_000
