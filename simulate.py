@@ -10,6 +10,7 @@
 import argparse
 import dataclasses
 import sys
+import warnings
 from pathlib import Path
 
 from mfllm_ref import doors
@@ -75,8 +76,7 @@ def main() -> None:
     threads = doors.threads(args)
     device, dtype = doors.device_and_dtype(args, training=False)
     backbone = args.backbone or doors.CHECKPOINTS / "tiny"
-    own = doors.CHECKPOINTS / "tiny-adapters"
-    folder = args.adapters or (own if args.backbone is None and own.is_dir() else None)
+    folder = args.adapters or doors.own_adapters(backbone)
     given = {"policy": args.policy_adapter, "mean-field": args.mean_field_adapter}
     adapters = simulation.find_adapters(folder, given)
     methods = simulation.choose_methods(args.method, adapters, args.warmup)
@@ -86,7 +86,7 @@ def main() -> None:
     agents = args.agents or (simulation.BUILT_IN_AGENTS if args.data is None else None)
     half_life = doors.half_life(args)
     settings = Settings(agents, args.batch, args.warmup, *tokens, args.chat, args.summary_top_p, half_life)
-    events = simulation.long_enough(events, settings, named=bool(args.event))
+    events, left_out = simulation.long_enough(events, settings, named=bool(args.event))
     intervention = simulation.read_intervention(args.intervene, events, settings) if args.intervene else None
     lm = LanguageModel.load(backbone, device=str(device), dtype=dtype, spread=args.shard)
     for name, path in adapters.items():
@@ -96,6 +96,7 @@ def main() -> None:
         raise doors.InputError(f"--action-tokens {tokens[0]} and --summary-tokens {tokens[1]}: {where}, with the prompt")
     if args.chat:
         lm.tokenizer.chat([{"role": "user", "content": "?"}])  # refuses a checkpoint without a template
+    simulation.check_room(lm, events, methods, settings)
     annotate = LMAnnotator(lm) if args.annotator == "lm" else RuleAnnotator()
 
     seeds = [args.seed + k for k in range(args.seeds)]
@@ -113,6 +114,8 @@ def main() -> None:
         "paths": {"backbone": str(backbone), "data": str(args.data or "built-in"), "adapters": str(folder or "none")},
         "seeds": seeds, "threads": threads, **origin,
     }  # fmt: skip
+    for line in left_out:
+        warnings.warn(line, doors.Notice, stacklevel=1)
     with runs.open_run(out, record, args.resume) as run:
         if run.finished:
             doors.say(f"{out} is finished: see {out / 'report.png'}")
@@ -129,7 +132,8 @@ def main() -> None:
         labels = metrics.collect(runs.read_json_lines(out / "trajectory.jsonl"))
         result = metrics.evaluate(labels, {event.id: event.domain for event in events}, floors, likelihood)
         if intervention:
-            result["intervention"] = simulation.effect(run, known, settings, annotate, intervention)
+            why = "there is no warm-up to go on from" if args.data is None else "the true process of these events is not known"
+            result["intervention"] = simulation.effect(run, known, settings, annotate, intervention, why)
         runs.write_json(out / "metrics.json", result)
         report.figure(labels, result, out / "report.png")
         speed = round(written / seconds, 1) if written else None

@@ -63,7 +63,7 @@ def parser() -> doors.Parser:
                       "the reward (default: the bare backbone)")  # fmt: skip
     tune.add_argument("--sft-adapter", type=Path, metavar="DIR", help="with several betas: the policy that gains are "
                       "measured against")  # fmt: skip
-    tune.add_argument("--rank", type=doors.positive, default=8, help="of the adapters (default: 8)")
+    tune.add_argument("--rank", type=doors.whole(1, 2**16), default=8, help="of the adapters (default: 8)")
     tune.add_argument("--beta", type=betas, default=[30.0], metavar="X[,X...]", help="weight of the reward against the KL "
                       "to the prior (default: 30); several: stage mean-field draws the information plane")  # fmt: skip
     tune.add_argument("--samples", type=doors.natural, default=4, metavar="K", help="summaries a gradient estimate (default: 4)")
@@ -161,14 +161,13 @@ def tuning(args: argparse.Namespace, data: Path | None, out: Path, common: dict)
     tuned, dev = tuning.choose_events(events, args.leave_out, pretrained, args.batch, annotate, common["half_life"])
 
     lm = LanguageModel.load(backbone, device=str(device), dtype=dtype, spread=args.shard)
-    if args.summary_tokens >= (most := lm.backbone.config.max_positions):
-        raise doors.InputError(f"--summary-tokens {args.summary_tokens}: {backbone} has {most} positions, with the prompt")
+    tuning.check_room(lm, [*tuned, *dev], todo, args.summary_tokens)
     adapters = {"mean-field": args.mean_field_adapter, "policy": args.policy_adapter, "sft": args.sft_adapter}
     plane = len(args.beta) > 1
     needed = {job.mean_field for job in todo if job.mean_field} - {job.name for job in todo} | ({"sft"} if plane else set())
     for name in needed:
-        own = doors.CHECKPOINTS / "tiny-adapters" / name
-        adapters[name] = adapters[name] or (own if args.backbone is None and own.is_dir() else None)
+        own = doors.own_adapters(backbone)
+        adapters[name] = adapters[name] or (own / name if own and (own / name).is_dir() else None)
         if adapters[name] is None:
             raise doors.InputError(f"--{name}-adapter: stage {args.stage} needs one")
     adapters = {name: path for name, path in adapters.items() if path is not None}
@@ -183,7 +182,7 @@ def tuning(args: argparse.Namespace, data: Path | None, out: Path, common: dict)
     record = runs.provenance(simulation.weights_of(backbone) | simulation.adapter_files(adapters))
     record["sha256"] |= read or simulation.digests(None, [past.event for past in (*tuned, *dev)])
     record["settings"] = {
-        **common, "split": args.split, "leave_out": args.leave_out, "method": args.method,
+        **common, "split": args.split, "leave_out": sorted(set(args.leave_out)), "method": args.method,
         **dataclasses.asdict(settings), "steps": steps, "beta": args.beta, "rank": args.rank, "device": device.type,
         "dtype": str(dtype).removeprefix("torch."), "save_every": args.save_every or 20, "shard": args.shard,
     }  # fmt: skip

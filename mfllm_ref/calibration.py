@@ -22,11 +22,11 @@ from mfllm_ref.society import agora
 from mfllm_ref.society.agora_ceiling import RIVALS
 from mfllm_ref.society.annotate import RuleAnnotator
 from mfllm_ref.society.corpus import Past
-from mfllm_ref.society.events import DIMENSIONS, Event, hashed
+from mfllm_ref.society.events import DIMENSIONS, HALF_LIFE, Event, hashed
 from mfllm_ref.society.prompts import SUMMARY_TOP_P
 from mfllm_ref.society.readers import load_events
 from mfllm_ref.society.rollout import Annotator
-from mfllm_ref.society.signals import HALF_LIFE, moved, parse, verbalise
+from mfllm_ref.society.signals import moved, parse, verbalise
 
 TINY = doors.CHECKPOINTS / "tiny"
 FOLLOWED = [(0.0, HALF_LIFE), *((slope, memory) for memory in (HALF_LIFE, math.inf, None) for slope in (0.5, 0.8, 1.0))]

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from mfllm_ref import ranks
 from mfllm_ref.errors import InputError, Notice
 from mfllm_ref.fields import number_field
+from mfllm_ref.society.events import HALF_LIFE
 from mfllm_ref.society.prompts import SUMMARY_TOP_P
-from mfllm_ref.society.signals import HALF_LIFE
 
 if TYPE_CHECKING:
     import torch
@@ -163,6 +163,12 @@ def _notices(name: str) -> Iterator[None]:
         warnings.formatwarning = usual
 
 
+def own_adapters(backbone: Path) -> Path | None:
+    """The committed adapters, for the backbone that they were tuned on."""
+    own = CHECKPOINTS / "tiny-adapters"
+    return own if own.is_dir() and backbone.resolve() == (CHECKPOINTS / "tiny").resolve() else None
+
+
 def place(args: argparse.Namespace) -> Path:
     """The folder of this run: --out, by default a new one. InputError where a run cannot be there, or --resume names none."""
     from mfllm_ref import runs
@@ -176,16 +182,16 @@ def place(args: argparse.Namespace) -> Path:
 
 def progress(out: Path) -> bool:
     """Whether to show progress: on a terminal, which is told first where the run is."""
-    if show := sys.stderr.isatty():
+    if show := sys.stderr is not None and sys.stderr.isatty():  # it may be closed
         print(f"writing to {out}", file=sys.stderr)
     return show
 
 
 def say(text: str) -> None:
-    """Print, and go on where nobody reads it any more (`| head`): what was said is in the run's files too."""
+    """Print, and go on where nobody reads it any more (`| head`) or it cannot be kept: what was said is in the run's files too."""
     try:
         print(text, flush=True)
-    except BrokenPipeError:
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -205,6 +211,6 @@ def run_door(name: str, main: Callable[[], None]) -> int:
     except (KeyboardInterrupt, ranks.Lost) as error:
         code, why = (130, "interrupted") if isinstance(error, KeyboardInterrupt) else (1, "another process of this job has ended")
         said = "; ".join([why, *getattr(error, "__notes__", [])])
-    if ranks.first_to_report():
+    if ranks.first_to_report() and sys.stderr is not None:
         print(f"{name}: {said}", file=sys.stderr)
     return code

@@ -320,7 +320,7 @@ def evaluate(
     if len(events) > 1 and kept.any():
         intervals = _interval(kl[:, :, kept].mean(-1)).tolist()
     else:
-        notes["kl_ci95"] = "null: an interval over events needs two events and one dimension in the mean"
+        notes["kl_ci95"] = notes["difference"] = "null: an interval over events needs two events and one dimension in the mean"
     table: dict[str, dict] = {}
     for row, method in enumerate(methods):
         values = {measure: by_dimension(scores[row, :, column]) for column, measure in enumerate(MEASURES)}
@@ -340,7 +340,8 @@ def evaluate(
             if theirs <= 0:
                 notes[f"reduction.{rival}"] = "null: the rival's KL is zero"
     else:
-        notes["reduction"] = notes["gap_closed"] = f"empty: {OURS} was not run, or no dimension is in the mean"
+        missing = f"empty: {OURS} was not run, or no dimension is in the mean"
+        notes |= dict.fromkeys(("reduction", "gap_closed", "difference"), missing)
     by_domain = {}
     for domain in sorted({domains[event] for event in events}):
         inside = np.array([domains[event] == domain for event in events])

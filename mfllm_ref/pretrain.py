@@ -34,9 +34,9 @@ from mfllm_ref.share_tokens import ShareTokens, settle_embeddings, share_embeddi
 from mfllm_ref.society import agora
 from mfllm_ref.society.annotate import RuleAnnotator
 from mfllm_ref.society.corpus import Corpus, Mixture, Past, pretraining_part
-from mfllm_ref.society.events import Event
+from mfllm_ref.society.events import HALF_LIFE, Event
 from mfllm_ref.society.response import response_curves, slope
-from mfllm_ref.society.signals import HALF_LIFE, imagined, verbalise
+from mfllm_ref.society.signals import imagined, verbalise
 from mfllm_ref.training import STATE, at, finite, load_optimizer_tensors, load_state, optimizer_tensors, save_state
 
 # A summary's token counts so much more in the loss than an action's: a document has some 60 of the first or 170 of the second,

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from mfllm_ref import ranks
 from mfllm_ref.errors import InputError
-from mfllm_ref.fields import an_object, read_json
+from mfllm_ref.fields import an_object, number_field, read_json
 
 # Of run.json and log.jsonl:
 TIME_FIELDS = ("started", "ended", "wall_time", "actions_per_second", "seconds", "tokens_per_second")
@@ -101,9 +101,12 @@ class JsonLines:
         ranks.gather(None)  # nobody adds a row before all have counted them
 
     def keep(self, rows: int | None) -> None:
-        """Cut the file after its first `rows` rows (None: after all valid ones). `count` is how many there are."""
+        """Cut the file after its first `rows` rows (None: after all valid ones). `count` is how many there are. InputError where
+        there are fewer."""
         valid = _valid_lines(self.path) if self.path.exists() else iter(())
         lengths = [length for length, _ in itertools.islice(valid, rows)]
+        if rows is not None and len(lengths) < rows:
+            raise InputError(f"{self.path}: damaged, cannot resume (has {len(lengths)} of {rows} rows)")
         self.count = len(lengths)
         if self._file is not None:
             with _reported(self.path):
@@ -222,6 +225,7 @@ def _earlier(out: Path, record: Mapping) -> dict | None:
     try:
         earlier = json.loads((out / RUN_FILE).read_bytes())
         then, now = ({**r["settings"], **{f"sha256.{k}": v for k, v in r["sha256"].items()}} for r in (earlier, record))
+        number_field(earlier, "wall_time", str(out / RUN_FILE), 0.0)
     except FileNotFoundError:
         return None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:

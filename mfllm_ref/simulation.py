@@ -6,7 +6,6 @@ time and goes on from its last complete step; memory holds the worlds' short his
 
 import hashlib
 import time
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,15 +14,15 @@ import numpy as np
 from tqdm import tqdm
 
 from mfllm_ref import metrics, ranks
-from mfllm_ref.errors import InputError, Notice
+from mfllm_ref.errors import InputError
 from mfllm_ref.fields import a_list, read_json, text_field
 from mfllm_ref.lm import LanguageModel, lora
 from mfllm_ref.runs import RUN_FILE, Run, read_json_lines, sha256
-from mfllm_ref.society import agora
+from mfllm_ref.society import agora, prompts
 from mfllm_ref.society.events import Event
 from mfllm_ref.society.readers import load_events
 from mfllm_ref.society.rollout import (
-    METHODS, Annotator, Intervention, Method, Rows, Settings, World, complete_steps, horizon, rollout,
+    METHODS, Annotator, Intervention, Method, Rows, Settings, State, World, complete_steps, fitting, horizon, rollout,
 )  # fmt: skip
 
 # What a run without arguments simulates: one event of each domain, one window of 60 actions behind the warm-up.
@@ -54,8 +53,8 @@ def choose_events(data: Path | None, split: str | None, ids: Sequence[str], limi
     return [agora.event(own, numbers[name]) if data is None else events[name] for name in chosen]
 
 
-def long_enough(events: Sequence[Event], settings: Settings, named: bool) -> list[Event]:
-    """The events of which the warm-up leaves something to simulate, with a notice of the others.
+def long_enough(events: Sequence[Event], settings: Settings, named: bool) -> tuple[list[Event], list[str]]:
+    """The events of which the warm-up leaves something to simulate, and a line about each of the others.
 
     Raises InputError where it leaves nothing of any, or of one that was asked for by name (`named`).
     """
@@ -69,9 +68,22 @@ def long_enough(events: Sequence[Event], settings: Settings, named: bool) -> lis
             refused.append(error)
     if refused and (named or not found):
         raise refused[0]
-    for short in refused:
-        warnings.warn(f"{short}; left out", Notice, stacklevel=2)
-    return found
+    return found, [f"{short}; left out" for short in refused]
+
+
+def check_room(lm: LanguageModel, events: Sequence[Event], methods: Sequence[Method], settings: Settings) -> None:
+    """InputError naming an event whose prompts cannot fit into the backbone's positions, before anything is written: the longest
+    of its prompts (in characters) that tell of nobody but the agent, and of a mean field's that list no action."""
+    writer = next((method for method in methods if not method.resamples), None)
+    reader = next((method for method in methods if method.signal == "mean-field"), None)
+    for event in events:
+        acting = event.actions[settings.warmup : horizon(event, settings)]
+        private = max((prompts.policy_private(event.language, action.agent.profile) for action in acting), key=len)
+        acts = prompts.policy_shared(event.language, event.topic) + private
+        sums_up = prompts.mean_field_prompt(event.language, event.topic, (), "", (), prompts.MANY)
+        for method, prompt, room in ((writer, acts, settings.action_tokens), (reader, sums_up, settings.summary_tokens)):
+            if method is not None:
+                fitting(lm, State(World(event, method, 0), settings, {}), settings, [room], lambda _: [prompt])
 
 
 def find_adapters(folder: Path | None, given: Mapping[str, Path | None]) -> dict[str, Path]:
@@ -120,6 +132,8 @@ def read_intervention(path: Path, events: Sequence[Event], settings: Settings) -
         if not isinstance(item, dict) or set(item) != {"step", "actions"}:
             raise InputError(f'{where}: must be an object with "step" and "actions"')
         step = item["step"]
+        if steps < 2:
+            raise InputError(f"{path}: no step follows the only one that a run of these events has")
         if type(step) is not int or not 0 <= step < steps - 1:
             raise InputError(f"{where}: 'step' must be a whole number from 0 to {steps - 2}, so that a step follows")
         for action in a_list(item["actions"], where, "'actions'"):
@@ -192,10 +206,10 @@ def floors(events: Sequence[Event], settings: Settings, annotate: Annotator) -> 
 
 
 def effect(
-    run: Run, events: Sequence[Event] | None, settings: Settings, annotate: Annotator, intervention: Intervention
+    run: Run, events: Sequence[Event] | None, settings: Settings, annotate: Annotator, intervention: Intervention, why: str = ""
 ) -> dict:
     """What an intervention changed, from its next step on, by the rows with and without it on disk: {"from_step",
-    "effect", "true_effect"}. events: of the built-in world, whose true process is asked too; None elsewhere."""
+    "effect", "true_effect"}. events: of the built-in world, whose true process is asked too; None where it cannot be, and `why`."""
     start = min(intervention) + 1
     files = (read_json_lines(run.out / name) for name in ("trajectory.jsonl", "trajectory-without.jsonl"))
     sides = [metrics.collect(row for row in rows if row["step"] >= start) for rows in files]
@@ -203,7 +217,7 @@ def effect(
     pairs = ((key[1], world.simulated, sides[1][key].simulated) for key, world in sides[0].items())
     out["effect"] = metrics.share_changes(pairs)
     if events is None:
-        return {**out, "note": "true_effect is null: the true process of these events is not known"}
+        return {**out, "note": f"true_effect is null: {why}"}
     inserted = [
         {"step": step, "actions": [{"profile": profile, "text": text} for profile, text in actions]}
         for step, actions in intervention.items()

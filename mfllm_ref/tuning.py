@@ -15,17 +15,16 @@ from tqdm import tqdm
 
 from mfllm_ref import ib_tune, metrics, ranks
 from mfllm_ref.errors import InputError
-from mfllm_ref.fields import read_json
+from mfllm_ref.fields import an_object, read_json, show
 from mfllm_ref.ib_tune import Chains, Settings, Update
 from mfllm_ref.lm import LanguageModel
 from mfllm_ref.runs import Run, write_json
 from mfllm_ref.society import agora, rollout
-from mfllm_ref.society.corpus import Past, pretraining_part
-from mfllm_ref.society.events import Event, hashed
+from mfllm_ref.society.corpus import KINDS, Past, pretraining_part
+from mfllm_ref.society.events import HALF_LIFE, Event, hashed
 from mfllm_ref.society.prompts import Signal
 from mfllm_ref.society.response import response_curves, slope, true_response
 from mfllm_ref.society.rollout import METHODS, Annotator
-from mfllm_ref.society.signals import HALF_LIFE
 from mfllm_ref.training import STATE, at, finite, load_optimizer_tensors, load_state, optimizer_tensors, save_state
 
 MEAN_FIELD, POLICY = "mean-field", "policy"
@@ -60,9 +59,10 @@ def jobs(stage: str, methods: Sequence[str] | None, steps: tuple[int, int], beta
     if len(betas) > 1 and stage != MEAN_FIELD:
         raise InputError("--beta: several values are for --stage mean-field")
     tunable = {name: method for name, method in METHODS.items() if method.policy or method.mean_field}
+    every = methods is not None and list(methods) == ["all"]
     if methods is None:
         methods = RIVALS if stage == "sft" else ("mf-llm",)
-    elif list(methods) == ["all"]:
+    elif every:
         methods = list(tunable)
     for name in methods:
         if name not in tunable:
@@ -75,8 +75,9 @@ def jobs(stage: str, methods: Sequence[str] | None, steps: tuple[int, int], beta
         if method.policy and stage in ("all", "sft" if method.name in RIVALS else POLICY):
             updates = sum(steps) if method.name in RIVALS else steps[1]
             found[method.policy] = Job(method.policy, method.signal, method.mean_field, updates, POLICY_LR)
-    if not found:
-        raise InputError(f"--method {','.join(methods)}: stage {stage} tunes nothing of it")
+    served = {m.name for m in chosen if m.policy in found or (m.mean_field in found and stage != POLICY)}
+    if idle := [] if every else [name for name in methods if name not in served]:
+        raise InputError(f"--method {','.join(idle)}: stage {stage} tunes nothing of it")
     if len(betas) > 1:
         places = {f"beta-{beta!r}".removesuffix(".0"): beta for beta in betas}
         return [Job(f"{place}/{MEAN_FIELD}", None, None, steps[0], PLANE_LR, beta) for place, beta in places.items()]
@@ -110,11 +111,32 @@ def choose_events(
         cut = max(1, len(kept) // 5)
         held, fitted = kept[:cut], kept[cut:]
         if not fitted:
-            raise InputError(f"{len(data)} events: an empty split, too few with over {2 * batch} actions to tune and select on")
+            gone = "" if pretrained is None else ", pretraining has read the others" if len(data) > len(kept) else ""
+            raise InputError(
+                f"{len(data)} events: an empty split, {len(kept)} of them with over {2 * batch} actions to tune and select on are "
+                f"left{gone}; two are needed"
+            )
     tuned, dev = ([Past(event, annotate, batch, half_life) for event in some] for some in (fitted, held[:DEV_EVENTS]))
     if all(past.steps <= DEV_STEPS[0] for past in dev):
         raise InputError(f"an empty split: no event to select on has over {DEV_STEPS[0]} steps of actions")
     return tuned, dev
+
+
+def check_room(lm: LanguageModel, pasts: Sequence[Past], todo: Sequence[Job], summary_tokens: int) -> None:
+    """InputError naming an event of which a prompt and what follows may not fit into the backbone's positions: tuning leaves
+    nothing out of a prompt. Looks at the longest prompts, in characters, of each event."""
+    kinds, limit = {job.signal for job in todo if job.signal in KINDS}, lm.backbone.config.max_positions
+    for past in pasts:
+        steps = range(past.steps)
+        documents = [past.told(step, told) for step in steps for told in (None, *(past.signals[step][k] for k in kinds))]
+        acts = (document.prefix + max(("".join(branch) for branch in document.branches), key=len) for document in documents)
+        sums_up = (past.summarise(step, "") for step in steps[:-1])
+        for prompt, room in ((max(acts, key=len), summary_tokens + 1), (max(sums_up, key=len), 2 * summary_tokens)):
+            if (length := len(lm.tokenizer.encode(prompt))) + room > limit:
+                raise InputError(
+                    f"event {show(past.event.id)}: a prompt of {length} tokens and --summary-tokens {summary_tokens} are more than "
+                    f"the backbone's {limit} positions hold"
+                )
 
 
 class Tuner:
@@ -255,8 +277,13 @@ class Tuner:
                 written = ib_tune.summaries(self.lm, pasts, job.mean_field, settings, until, self.progress)
             write_json(path, {past.event.id: texts for past, texts in zip(pasts, written, strict=True)})
             ranks.gather(None)  # all read the file below
-        written = read_json(path)
-        return [[ib_tune.signal_of(text) for text in written[past.event.id]] for past in pasts]
+        written, told = an_object(read_json(path), str(path), "what holds the summaries"), []
+        for past in pasts:
+            texts, steps = written.get(past.event.id), min(past.steps, until or past.steps)
+            if not isinstance(texts, list) or len(texts) != steps or not all(isinstance(text, str) for text in texts):
+                raise InputError(f"{path}: damaged, cannot resume (event {show(past.event.id)} needs {steps} summaries)")
+            told.append([ib_tune.signal_of(text) for text in texts])
+        return told
 
 
 # ---- what tuning changed -------------------------------------------------------------------------------------------

@@ -15,9 +15,9 @@ from mfllm_ref.society import agora, signals
 from mfllm_ref.society.agora_ceiling import HEARD, RIVALS
 from mfllm_ref.society.annotate import RuleAnnotator
 from mfllm_ref.society.corpus import Past
-from mfllm_ref.society.events import DIMENSIONS, Action, Agent, Event, hashed
+from mfllm_ref.society.events import DIMENSIONS, HALF_LIFE, Action, Agent, Event, hashed
 from mfllm_ref.society.readers import write_events
-from mfllm_ref.society.signals import GRID, HALF_LIFE, History, Seen, verbalise
+from mfllm_ref.society.signals import GRID, History, Seen, verbalise
 
 FIXTURES = Path(__file__).parent / "society" / "fixtures"
 

@@ -4,12 +4,13 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from mfllm_ref import doors
 from mfllm_ref.errors import InputError
-from mfllm_ref.society.signals import HALF_LIFE
+from mfllm_ref.society.events import HALF_LIFE
 
 WARNING = """
 import warnings
@@ -39,11 +40,28 @@ sys.exit(doors.run_door("simulate.py", main))
 """
 
 
+CLOSED = """
+from pathlib import Path
+from mfllm_ref import doors
+def main():
+    assert not doors.progress(Path("out"))
+    doors.say("no progress")
+    raise doors.InputError("nobody hears it")
+sys.exit(doors.run_door("simulate.py", main))
+"""
+
+
 def test_what_nobody_can_read_ends_no_run():
-    """Neither a reader who has gone away nor a terminal without the letters."""
+    """Neither a reader who has gone away, nor a full disk, nor a closed stderr, nor a terminal without the letters."""
     code = f"import os, sys; read, write = os.pipe(); os.close(read); os.dup2(write, 1); exec({SAYING!r})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "reached\n")
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", SAYING], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (0, "reached\n")
+    closed = f"import os, sys; os.close(2); sys.stderr = None; exec({CLOSED!r})"
+    done = subprocess.run([sys.executable, "-c", closed], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "no progress\n")
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}
     done = subprocess.run([sys.executable, "-c", SAYING], capture_output=True, text=True, env=environment)
     assert (done.returncode, done.stdout.splitlines()[0]) == (0, r"\u4e2d0")
@@ -97,3 +115,17 @@ def test_a_damaged_record_of_pretraining_is_named(tmp_path, settings):
     (tmp_path / "run.json").write_text(json.dumps({"settings": settings}))
     with pytest.raises(InputError, match="run.json: 'settings'|run.json: 'half_life'"):
         asked(tmp_path)
+
+
+def test_the_committed_adapters_are_for_the_committed_backbone_wherever_its_name_leads(tmp_path, monkeypatch):
+    monkeypatch.chdir(doors.CHECKPOINTS)
+    (tmp_path / "link").symlink_to(doors.CHECKPOINTS / "tiny")
+    for path in (doors.CHECKPOINTS / "tiny", Path("tiny"), Path("../checkpoints/tiny/"), tmp_path / "link"):
+        assert doors.own_adapters(path) == doors.CHECKPOINTS / "tiny-adapters"
+    assert doors.own_adapters(tmp_path) is None
+
+
+def test_a_doors_first_import_is_quick():
+    """What it needs before it can hear Ctrl-C: none of the packages that take a tenth of a second or more."""
+    code = "import sys; from mfllm_ref import doors; print(sorted({'numpy', 'torch', 'matplotlib', 'jinja2', 'tqdm'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

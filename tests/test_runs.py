@@ -176,12 +176,13 @@ def test_resuming_with_other_settings_names_the_setting(tmp_path):
     one_line(raised, "not empty")
 
 
-@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b"{}", b'{"settings": 3, "sha256": {}}', b"\xff"])
+@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b"{}", b'{"settings": 3, "sha256": {}}', b"\xff",
+                                    b'{"settings": {}, "sha256": {}, "wall_time": "x"}'])  # fmt: skip
 def test_a_damaged_record_is_refused(tmp_path, damage):
     (tmp_path / "run.json").write_bytes(damage)
     with pytest.raises(InputError) as raised, open_run(tmp_path, RECORD, resume=True):
         pass
-    one_line(raised, "run.json", "damaged")
+    one_line(raised, "run.json", "'wall_time' must be a number" if b"wall_time" in damage else "damaged")
 
 
 HOLD = """

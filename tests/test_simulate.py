@@ -206,14 +206,17 @@ def test_events_that_the_warm_up_leaves_nothing_of_are_left_out(door, tmp_path):
     write_events(events, tmp_path / "e.jsonl")
     write_events(events[1:], tmp_path / "short.jsonl")
     options = ("--method", "persistence", "--out", tmp_path / "a")
+    (tmp_path / "torn.json").write_text("[")
+    code, _, err = door("--data", tmp_path / "e.jsonl", "--intervene", tmp_path / "torn.json", *options)
+    assert code == 2 and "torn.json" in err and err.count("\n") == 1, "what is wrong is said alone"
     why = "--warmup 14 leaves none of its 14 actions to simulate"
     with pytest.warns(Notice) as said:
         assert door("--data", tmp_path / "e.jsonl", *options)[0] == 0
-    assert [str(notice.message) for notice in said] == [f"event {event.id}: {why}; left out" for event in events[1:]]
+    assert [str(notice.message) for notice in said] == [f"event {event.id!r}: {why}; left out" for event in events[1:]]
     assert {row["event"] for row in rows_of(tmp_path / "a" / "trajectory.jsonl")} == {events[0].id}
     for data, more in (("short.jsonl", ()), ("e.jsonl", ("--event", events[0].id, "--event", events[1].id))):
         code, _, err = door("--data", tmp_path / data, *more, *options[:3], tmp_path / "b")
-        assert (code, err) == (2, f"simulate.py: event {events[1].id}: {why}\n")
+        assert (code, err) == (2, f"simulate.py: event {events[1].id!r}: {why}\n")
 
 
 def test_the_backbone_can_annotate(door, tmp_path):
@@ -240,6 +243,11 @@ def test_an_intervention_is_measured_against_its_absence(door, tmp_path):
     assert without.read_bytes() == plain.read_bytes()
     rows = rows_of(tmp_path / "a" / "trajectory.jsonl")
     assert len(rows) == 2 * 40 and not any("INSERTED" in row["text"] + row["real_text"] for row in rows)
+    assert door(*common, "--warmup", "0", "--intervene", tmp_path / "i.json", "--out", tmp_path / "c")[0] == 0
+    told = json.loads((tmp_path / "c" / "metrics.json").read_text())["intervention"]
+    assert told["true_effect"] is None and told["note"] == "true_effect is null: there is no warm-up to go on from"
+    code, _, err = door("--batch", "40", "--intervene", tmp_path / "i.json", "--out", tmp_path / "d")
+    assert code == 2 and "no step follows the only one" in err
     told = json.loads((tmp_path / "a" / "metrics.json").read_text())["intervention"]
     assert told["from_step"] == 2 and set(told["effect"]) == {"recent", "empirical"}
     assert told["true_effect"]["stance"]["oppose"] > 0
@@ -271,6 +279,8 @@ BAD = {
     "a path nobody can look at": (["--data", "x" * 5000], "xxx"),
     "an intervention nobody can look at": (["--intervene", "x" * 5000], "xxx"),
     "summaries longer than the backbone": (["--summary-tokens", "1000000000"], "--summary-tokens"),
+    "no room for the prompt": (["--action-tokens", "4090", "--method", "state"], "4096 positions with 4090 tokens"),
+    "no room for a summary's": (["--summary-tokens", "4090", "--method", "mf-llm-no-ib"], "4096 positions with 4090 tokens"),
     "seeds without end": (["--seeds", "1000000000000"], "--seeds"),
 }
 

@@ -52,7 +52,9 @@ def test_stages_and_methods_decide_what_is_tuned():
     assert [(job.name, job.beta) for job in plane] == [("beta-0.1/mean-field", 0.1), ("beta-10/mean-field", 10.0)]
     close = [job.name for job in tuning.jobs("mean-field", None, (5, 4), [1.00000001, 1.00000002, 1.00000001])]
     assert close == ["beta-1.00000001/mean-field", "beta-1.00000002/mean-field"], "a folder for each, and once"
-    wrong = (("all", ["state"]), ("all", ["x"]), ("sft", ["mf-llm"]), ("policy", ["sft"]), ("mean-field", ["sft"]))
+    wrong = (("all", ["state"]), ("all", ["x"]), ("sft", ["mf-llm"]), ("policy", ["sft"]), ("mean-field", ["sft"]),
+             ("policy", ["mf-llm", "sft"]), ("sft", ["mf-llm", "sft"]), ("mean-field", ["mf-llm", "mf-llm-no-ib-mf"]),
+             ("policy", ["mf-llm", "mf-llm-no-ib-policy"]))  # fmt: skip
     for stage, methods in wrong:
         for several in ([], [2.0]) if stage == "mean-field" else ([],):
             with pytest.raises(InputError, match="--method"):
@@ -74,6 +76,8 @@ def test_events_that_select_are_not_tuned_on(data):
     for few in ([], events[:1]):
         with pytest.raises(InputError, match="empty split"):
             tuning.choose_events(few, [], None, 10, ANNOTATE)
+    with pytest.raises(InputError, match="1 of them .* left, pretraining has read the others; two are needed"):
+        tuning.choose_events(events[:6], [], [], 10, ANNOTATE)
     short = [replace(event, actions=event.actions[:30]) for event in events]
     with pytest.raises(InputError, match="over 3 steps"):  # and so no chain of a mean field's on a dev event would end early
         tuning.choose_events(short, [], None, 10, ANNOTATE)
@@ -171,6 +175,32 @@ def test_a_run_writes_adapters_logs_and_pictures_and_resumes_to_the_same_bytes(o
     assert timeless[0] == timeless[1]
     assert not (cut / "state.safetensors").exists()
     assert door(*options, *more, "--out", cut, "--resume")[0] == 0, "a finished run stays as it is"
+
+
+@pytest.mark.parametrize(("file", "content", "said"), [
+    ("log.jsonl", b"", "has 0 of"), ("log.jsonl", b'{"a": 1}\ngarbage\n', "has 1 of"),
+    ("summaries/policy.train.json", b"{}", "needs 11 summaries"), ("summaries/policy.train.json", b"[]", "must be a JSON object"),
+    ("summaries/policy.train.json", ..., "needs 11 summaries"),
+])  # fmt: skip
+def test_what_is_damaged_is_named_and_stays_as_it_is(options, tmp_path, monkeypatch, door, file, content, said):
+    save, out = tuning.save_state, tmp_path / "out"
+
+    def interrupted(path, facts, **groups):
+        save(path, facts, **groups)
+        if facts["job"] == "policy" and facts["step"]:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tuning, "save_state", interrupted)
+        assert door(*options, "--steps", "2,4", "--out", out)[0] == 130
+    if content is ...:  # one summary less
+        texts = json.loads((out / file).read_bytes())
+        content = json.dumps(texts | {next(iter(texts)): next(iter(texts.values()))[1:]}).encode()
+    (out / file).write_bytes(content)
+    before = {path: path.read_bytes() for path in out.rglob("*.safetensors")}
+    code, _, errors = door(*options, "--steps", "2,4", "--out", out, "--resume")
+    assert code == 2 and said in errors and file in errors and len(errors.splitlines()) == 1
+    assert {path: path.read_bytes() for path in out.rglob("*.safetensors")} == before
 
 
 def test_the_version_selected_before_a_break_is_the_one_kept(options, tmp_path, monkeypatch, door):
@@ -282,6 +312,7 @@ def test_numbers_that_become_nan_name_step_and_batch_and_leave_the_best_adapter(
     (["--beta", "1,2", "--stage", "mean-field"], "--sft-adapter"), (["--method", "sft, x"], "--method 'x'"),
     (["--stage", "pretrain"], "is for tuning, --stage pretrain does not read it"), (["--dropout", "0.1"], "--dropout: is for pretraining"),
     (["--method", ""], "--method ''"), (["--summary-tokens", "99999"], "--summary-tokens 99999"),
+    (["--summary-tokens", "2000"], "event 'agora-train-"), (["--rank", "100000000000"], "--rank"),
 ])  # fmt: skip
 def test_bad_options_are_one_line(options, tmp_path, arguments, said, door):
     code, _, errors = door(*options, *arguments, "--out", tmp_path / "out")

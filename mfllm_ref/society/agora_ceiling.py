@@ -21,8 +21,8 @@ import numpy as np
 
 from mfllm_ref.society import agora
 from mfllm_ref.society.agora import NOISE, STANCES, UPDATE, WARMUP
-from mfllm_ref.society.events import Action, Event
-from mfllm_ref.society.signals import HALF_LIFE, moved
+from mfllm_ref.society.events import HALF_LIFE, Action, Event
+from mfllm_ref.society.signals import moved
 
 PRIOR, BELIEVED = 200_000, 1_000  # worlds drawn from the prior, and how many of them that agree with a topic are weighed
 SIMULATED, NEAR = 60_000, 200  # worlds that are simulated, and how many of those that agree best with what is heard are believed

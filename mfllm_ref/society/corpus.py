@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from mfllm_ref.society import prompts
-from mfllm_ref.society.events import DIMENSIONS, Event, action_ids, hashed
+from mfllm_ref.society.events import DIMENSIONS, HALF_LIFE, Event, action_ids, hashed
 from mfllm_ref.society.prompts import Signal
 from mfllm_ref.society.rollout import Annotator
-from mfllm_ref.society.signals import HALF_LIFE, RECENT, History, Seen, Shares, imagined, parse, shares, verbalise
+from mfllm_ref.society.signals import RECENT, History, Seen, Shares, imagined, parse, shares, verbalise
 
 KINDS = ("none", "recent", "popular", "empirical")
 LOST = 0.1  # chance that an imagined previous summary lacks a dimension: see Past.mean_field

@@ -21,6 +21,7 @@ DIMENSIONS: dict[str, tuple[str, ...]] = {
 }
 
 LANGUAGES = ("en", "zh")
+HALF_LIFE = 60  # actions: after so many newer ones an action counts half in the population, unless another number is given
 
 
 @dataclass(frozen=True, slots=True)

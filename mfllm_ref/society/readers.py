@@ -97,14 +97,14 @@ def _own(data: Any, where: str) -> Event:
         actions.append(Action(agent, text_field(item, "text", here), number_field(item, "time", here),
                               number_field(item, "popularity", here, default=0.0), parent, _labels(item, here)))
     posts = []
-    for number, item in enumerate(a_list(data.get("posts", []), where, "'posts'")):
+    for number, item in enumerate(a_list([] if data.get("posts") is None else data["posts"], where, "'posts'")):
         here = f"{where}: post {number}"
         before = an_object(item, here, "it").get("index")
         if type(before) is not int or not 0 <= before <= len(actions):
             raise InputError(f"{here}: 'index' must be one of 0 to {len(actions)}, not {show(before)}")
         posts.append(PublicPost(before, text_field(item, "text", here)))
     here = f"{where}: facts"
-    facts = an_object(data.get("facts", {}), where, "'facts'")
+    facts = an_object({} if data.get("facts") is None else data["facts"], where, "'facts'")
     facts = {text_field({"name": name}, "name", here): number_field(facts, name, here) for name in facts}
     return _event(where, id, text_field(data, "topic", where), text_field(data, "domain", where, default="unknown"),
                   data.get("language"), actions, posts, facts)
@@ -156,8 +156,9 @@ def _rumdect(path: Path, data: Any) -> Event:
         profile = _profile("zh", followers, post.get("verified") is True, location, description, gender)
         agent = Agent(text_field(post, "uid", here), profile, followers)
         actions.append(Action(agent, _weibo_text(post, here), number_field(post, "t", here), followers))
-    ids = [text_field(post, "mid" if "mid" in post else "id", where, default="") for post in posts[1:]]
-    answered = [text_field(post, "parent", where, default="") for post in posts[1:]]
+    numbered = [(post, f"{where}: post {index}") for index, post in enumerate(posts)][1:]
+    ids = [text_field(post, "mid" if "mid" in post else "id", here, default="") for post, here in numbered]
+    answered = [text_field(post, "parent", here, default="") for post, here in numbered]
     return _event(where, path.stem, _weibo_text(posts[0], f"{where}: post 0"), WEIBO_DOMAIN, "zh",
                   _linked(actions, ids, answered))
 
@@ -171,6 +172,10 @@ def _weibo_text(post: Mapping[str, Any], where: str) -> str:
 def _ced(path: Path) -> Iterator[Event]:
     """original-microblog/X.json is the topic, {,non-}rumor-repost/X.json its reposts, newest first."""
     originals = [file for file in _children(path / "original-microblog") if file.suffix == ".json"]
+    for folder in ("rumor-repost", "non-rumor-repost"):
+        for file in _children(path / folder):
+            if file.suffix == ".json" and not (path / "original-microblog" / file.name).is_file():
+                raise InputError(f"{file}: needs its topic in original-microblog/, which has none of that name")
     for original in originals:
         found = [file for folder in ("rumor-repost", "non-rumor-repost")
                  if (file := path / folder / original.name).is_file()]
@@ -180,7 +185,7 @@ def _ced(path: Path) -> Iterator[Event]:
         where = f"{found[0]}: event {show(original.stem)}"
         listed = a_list(read_json(found[0]), where, "what holds the reposts")
         posts = [an_object(post, where, "a repost") for post in reversed(listed)]
-        actions = []
+        actions, ids, answered = [], [], []
         agents: dict[str, Agent] = {}
         latest = -math.inf
         for index, post in enumerate(posts):
@@ -188,8 +193,8 @@ def _ced(path: Path) -> Iterator[Event]:
             latest = time = _ced_time(text_field(post, "date", here), latest, here)
             uid = text_field(post, "uid", here)
             actions.append(Action(agents.setdefault(uid, Agent(uid)), text_field(post, "text", here), time))
-        ids = [text_field(post, "mid", where, default="") for post in posts]
-        answered = [text_field(post, "parent", where, default="") for post in posts]
+            ids.append(text_field(post, "mid", here, default=""))
+            answered.append(text_field(post, "parent", here, default=""))
         title = text_field(topic, "text", str(original))
         yield _event(where, original.stem, title, WEIBO_DOMAIN, "zh", _linked(actions, ids, answered))
 

@@ -18,11 +18,12 @@ import numpy as np
 import torch
 
 from mfllm_ref.errors import InputError, Notice
+from mfllm_ref.fields import show
 from mfllm_ref.lm import LanguageModel
 from mfllm_ref.runs import JsonLines
 from mfllm_ref.society import prompts
-from mfllm_ref.society.events import Event, action_ids, hashed
-from mfllm_ref.society.signals import HALF_LIFE, History, Seen
+from mfllm_ref.society.events import HALF_LIFE, Event, action_ids, hashed
+from mfllm_ref.society.signals import History, Seen
 
 TOO_LONG = "a prompt is longer than the backbone's positions: the oldest of what it tells is left out"
 SPARE = 8  # tokens that a tokenizer may put in front of a text
@@ -96,7 +97,7 @@ def horizon(event: Event, settings: Settings) -> int:
     """
     count = len(event.actions) if settings.agents is None else min(settings.agents, len(event.actions))
     if settings.warmup >= count:
-        raise InputError(f"event {event.id}: --warmup {settings.warmup} leaves none of its {count} actions to simulate")
+        raise InputError(f"event {show(event.id)}: --warmup {settings.warmup} leaves none of its {count} actions to simulate")
     return count
 
 
@@ -149,7 +150,7 @@ class State:
             action = self.world.event.actions[i]
             popularity, parent = action.popularity, action.parent
             if i >= self.real:
-                popularity, parent = max(action.agent.reach, self.reach.get(action.agent.id, 0.0)), None
+                popularity, parent = action.agent.reach or self.reach.get(action.agent.id, 0.0), None
             out.append(Seen(self.ids[i], i, action.agent.profile, text, row, popularity, parent))
         return out
 
@@ -176,7 +177,7 @@ def _prompt(lm: LanguageModel, text: str, settings: Settings) -> str | tuple[int
     return tuple(lm.tokenizer.chat([{"role": "user", "content": text}])) if settings.chat else text
 
 
-def _fitting(
+def fitting(
     lm: LanguageModel, state: State, settings: Settings, rooms: Sequence[int], build: Callable[[int], list[str]]
 ) -> list[str | tuple[int, ...]]:  # fmt: skip
     """The prompts of build(0). One that leaves fewer than its `rooms` of the backbone's positions free is replaced by that of
@@ -191,7 +192,7 @@ def _fitting(
             shorter = build(dropped)[i]
             if shorter == texts[i]:
                 raise InputError(
-                    f"event {state.world.event.id}, method {state.world.method.name}: a prompt that tells no more than it "
+                    f"event {show(state.world.event.id)}, method {state.world.method.name}: a prompt that tells no more than it "
                     f"must does not fit into the backbone's {limit} positions with {room} tokens to follow"
                 )
             warnings.warn(TOO_LONG, Notice, stacklevel=2)
@@ -224,7 +225,7 @@ def _act(lm: LanguageModel, states: Sequence[State], step: int, settings: Settin
                 raise InputError(f"--warmup 0: method {state.world.method.name} has no actions to draw from")
             out[k] += [pool[seed % len(pool)] for seed in noise]
         else:
-            texts += _fitting(lm, state, settings, [settings.action_tokens] * len(simulated),
+            texts += fitting(lm, state, settings, [settings.action_tokens] * len(simulated),
                               lambda drop: state.policy_prompts(step, simulated, drop))  # fmt: skip
             seeds += noise
             owners += [k] * len(simulated)
@@ -247,7 +248,7 @@ def _update_mean_fields(
     asked = {}
     for k, state in enumerate(states):
         if state.guides(step + 1):
-            prompt, = _fitting(lm, state, settings, [settings.summary_tokens],
+            prompt, = fitting(lm, state, settings, [settings.summary_tokens],
                                lambda drop: [state.mean_field_prompt(step, actions[k], drop)])  # fmt: skip
             seed = hashed(state.world.seed, state.world.event.id, step + 1, "mean field")
             asked[k] = prompt, seed, state.world.method.mean_field
@@ -273,7 +274,7 @@ def _score(lm: LanguageModel, twins: Sequence[State], step: int, settings: Setti
             said = [prompts.continuation(twin.world.event.actions[i].text) for i in future]
             sizes = [len(ids) + 1 for ids in lm.tokenizer.encode_batch(said)]
             rooms = [max(settings.action_tokens, size) for size in sizes]
-            texts += _fitting(lm, twin, settings, rooms, lambda drop: twin.policy_prompts(step, future, drop))
+            texts += fitting(lm, twin, settings, rooms, lambda drop: twin.policy_prompts(step, future, drop))
             spoken, owners, tokens = spoken + said, owners + [k] * len(future), tokens + sizes
         with lm.adapter(name), torch.no_grad():
             nats = -lm.log_prob(texts, spoken, worlds=owners, end_of_text=True).double().cpu().numpy()

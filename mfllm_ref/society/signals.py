@@ -14,10 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from mfllm_ref.errors import Notice
-from mfllm_ref.society.events import DIMENSIONS, hashed
+from mfllm_ref.society.events import DIMENSIONS, HALF_LIFE, hashed
 from mfllm_ref.society.prompts import Signal
 
-HALF_LIFE = 60  # actions: after so many newer ones an action counts half in the population, unless another number is given
 RECENT, POPULAR, POPULAR_WINDOW = 5, 5, 30
 # Percent: shares are told in multiples of it. With so few values a label and its share can be one token, so that a small model
 # compares neighbouring values instead of adding digits: with single percents, digits apart, one was wrong by 4.5 points, where

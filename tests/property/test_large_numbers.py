@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from mfllm_ref.society import agora, signals
+from mfllm_ref.society import agora, events, signals
 from mfllm_ref.society.events import DIMENSIONS
 from mfllm_ref.society.signals import History, Seen
 
@@ -22,7 +22,7 @@ def deviation(world: agora.World, copies: int, repeats: int, horizon: int) -> fl
     for _ in range(horizon):
         shares = agora.mean_field_map(world.utility, world.coupling, world.field[0], opinion)
         opinion = (opinion + shares) / 2
-        weight = 0.5 ** (len(world.utility) / signals.HALF_LIFE) * weight + 1
+        weight = 0.5 ** (len(world.utility) / events.HALF_LIFE) * weight + 1
         expected += (shares - expected) / weight
     squares = []
     for repeat in range(repeats):

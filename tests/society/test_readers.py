@@ -234,9 +234,18 @@ BAD_FIELDS = [
     (("actions", 0, "parent"), "-1", "parent"), (("actions", 0, "parent"), "true", "parent"),
     (("actions", 0, "agent"), "{}", "agent"), (("posts",), '[{"index": 9, "text": "p"}]', "index"),
     (("posts",), '[{"index": 0}]', "text"), (("posts",), "[1]", "post 0"), (("posts",), "3", "posts"),
-    (("facts",), '{"j": "high"}', "j"), (("domain",), "5", "domain"),
+    (("facts",), '{"j": "high"}', "j"), (("facts",), "0", "facts"), (("posts",), "false", "posts"), (("domain",), "5", "domain"),
     (("topic",), '"t", "topic": "u"', "twice"), (("topic",), "[" * 100_000, "deep"),
 ]
+
+
+def test_optional_fields_may_be_null(tmp_path):
+    optional = {"posts": None, "facts": None, "domain": None}
+    more = {"reach": None, "parent": None, "labels": None, "popularity": None, "profile": None}
+    record = GOOD | optional | {"actions": [action | more for action in GOOD["actions"]]}
+    (tmp_path / "null.jsonl").write_text(json.dumps(record))
+    (tmp_path / "good.jsonl").write_text(json.dumps(GOOD | {"domain": "unknown"}))
+    assert load_events(tmp_path / "null.jsonl") == load_events(tmp_path / "good.jsonl")
 
 
 @pytest.mark.parametrize("path, value, cause", BAD_FIELDS, ids=range(len(BAD_FIELDS)))
@@ -293,7 +302,8 @@ def edit(path, change):
     (lambda posts: posts[0].update(text=" ", original_text=""), "topic"),
     (lambda posts: posts[1].update(text=3), "'text'"),
     (lambda posts: posts[2].update(followers_count="x"), "followers_count"), (lambda posts: posts[:2], "1 action"),
-    (lambda posts: posts[3].update(user_description="\ud800"), "surrogate"),
+    (lambda posts: posts[3].update(user_description="\ud800"), "surrogate"), (lambda posts: posts[2].update(mid=[]), "post 2: 'mid'"),
+    (lambda posts: posts[2].update(parent={}), "post 2: 'parent'"),
 ])
 def test_bad_rumdect(tmp_path, change, cause):
     file = Path(shutil.copy(FIXTURES / "rumdect" / "7001.json", tmp_path))
@@ -332,6 +342,9 @@ def test_ced_reposts_must_exist_once(tmp_path):
     shutil.copytree(FIXTURES / "ced", tmp_path / "ced")
     shutil.copy(tmp_path / "ced/rumor-repost/1_aa.json", tmp_path / "ced/non-rumor-repost")
     assert "found 2" in refused(tmp_path / "ced")
+    shutil.copy(tmp_path / "ced/rumor-repost/1_aa.json", tmp_path / "ced/rumor-repost/3_cc.json")
+    assert "3_cc.json: needs its topic in original-microblog/" in refused(tmp_path / "ced")
+    (tmp_path / "ced/rumor-repost/3_cc.json").unlink()
     shutil.rmtree(tmp_path / "ced/rumor-repost")
     (tmp_path / "ced/non-rumor-repost/1_aa.json").unlink()
     assert "found 0" in refused(tmp_path / "ced")

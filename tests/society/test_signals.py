@@ -3,8 +3,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mfllm_ref.society.events import DIMENSIONS
-from mfllm_ref.society.signals import GRID, HALF_LIFE, History, Seen, parse, shares, verbalise
+from mfllm_ref.society.events import DIMENSIONS, HALF_LIFE
+from mfllm_ref.society.signals import GRID, History, Seen, parse, shares, verbalise
 
 CHECK = settings(deadline=None, derandomize=True, max_examples=60)
 LABELS = st.fixed_dictionaries({d: st.sampled_from(names) for d, names in DIMENSIONS.items()})
