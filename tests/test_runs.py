@@ -182,7 +182,7 @@ def test_a_damaged_record_is_refused(tmp_path, damage):
     (tmp_path / "run.json").write_bytes(damage)
     with pytest.raises(InputError) as raised, open_run(tmp_path, RECORD, resume=True):
         pass
-    one_line(raised, "run.json", "'wall_time' must be a number" if b"wall_time" in damage else "damaged")
+    one_line(raised, "run.json", "damaged")
 
 
 HOLD = """
