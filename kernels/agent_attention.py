@@ -86,7 +86,7 @@ def agent_attention(
     padding and return 0. With window w, key j is visible to position i iff i - w < j <= i, over prefix and suffix
     together. Unused slots may hold NaN. Differentiable where an input requires grad. Keys and values of another dtype than q's
     are converted. Triton's products are of q's dtype, summed in float32. PyTorch computes float16 in float32. In
-    bfloat16 it rounds scores (less that of the row's own key, so their level is of no account) before a softmax in float32: the
+    bfloat16 it rounds scores (less that of a key that the row sees, so their level is of no account) before a softmax in float32: the
     relative error, of norms, is 0.5% where scores spread by one nat and about 1% where they spread by 3 to 10. Under autocast it
     computes in autocast's dtype.
 
@@ -170,19 +170,25 @@ def _grouped(plan: Plan, q: Tensor, prefix_k: Tensor, prefix_v: Tensor, suffix_k
     done = []
     for piece in plan.pieces(CELLS):
         some, worlds, prefix = piece.agents, piece.worlds, piece.prefix
-        mine, less = rows[some], None
-        if q.dtype == torch.bfloat16:  # with each row's own key, which is used and in any window
-            at = plan.own_key[some, None, :, None].expand(-1, suffix_k.shape[1], -1, head_dim)
-            key = suffix_k[some].gather(2, at)[:, :, None]
-            less = (mine.view(*mine.shape[:2], -1, q_len, head_dim) * key).sum(-1).flatten(2)[..., None].detach()
+        mine, less, level = rows[some], None, None
+        ours, known = _by_world(mine, piece), prefix_k[worlds, :, :prefix]
+        if q.dtype == torch.bfloat16:  # with a key that the row sees: one of its prefix, or its own, which is slower
+            if plan.sees_prefixes:
+                last = int(plan.prefix[worlds].min())
+                level = (ours @ known[:, :, last - 1 : last].mT).detach()
+                less = _by_agent(level, piece)
+            else:
+                at = plan.own_key[some, None, :, None].expand(-1, suffix_k.shape[1], -1, head_dim)
+                key = suffix_k[some].gather(2, at)[:, :, None]
+                less = (mine.view(*mine.shape[:2], -1, q_len, head_dim) * key).sum(-1).flatten(2)[..., None].detach()
+                level = _by_world(less, piece)
         own = _scores(mine, suffix_k[some], less)
         if plan.suffix_mask is not None:
             own.view(*own.shape[:2], -1, q_len, own.shape[3]).add_(plan.suffix_mask[some])
         if not prefix:
             done.append(own.softmax(dim=-1, dtype=wide).to(own.dtype) @ suffix_v[some])
             continue
-        level = less if less is None else _by_world(less, piece)
-        shared = _scores(_by_world(mine, piece), prefix_k[worlds, :, :prefix], level)
+        shared = _scores(ours, known, level)
         if piece.mask is not None:
             shared.view(*shared.shape[:2], piece.width, -1, q_len, prefix).add_(piece.mask)
         shares = torch.cat((shared, _by_world(own, piece)), dim=-1).softmax(dim=-1, dtype=wide).to(own.dtype)
