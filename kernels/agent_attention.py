@@ -172,7 +172,7 @@ def _grouped(plan: Plan, q: Tensor, prefix_k: Tensor, prefix_v: Tensor, suffix_k
         some, worlds, prefix = piece.agents, piece.worlds, piece.prefix
         mine, less, level = rows[some], None, None
         ours, known = _by_world(mine, piece), prefix_k[worlds, :, :prefix]
-        if q.dtype == torch.bfloat16:  # with a key that the row sees: one of its prefix, or its own, which is slower
+        if q.dtype == torch.bfloat16:  # relative to a key that the row sees: of its prefix, or its own, which is slower
             if plan.sees_prefixes:
                 last = int(plan.prefix[worlds].min())
                 level = (ours @ known[:, :, last - 1 : last].mT).detach()
