@@ -47,12 +47,14 @@ class Job:
     steps: int
     lr: float  # unless the settings name one
     beta: float = 1.0
+    start: str | None = None  # the adapter that it goes on from, where it is not a fresh one
 
 
 def jobs(stage: str, methods: Sequence[str] | None, steps: tuple[int, int], betas: Sequence[float]) -> list[Job]:
     """What to tune, in order. stage "mean-field", "policy", "sft" or "all"; methods: those that the adapters are for, by
     default mf-llm, or the four rivals of stage "sft"; steps: updates of the mean-field stage and of the policy stage. A rival
-    gets as many as both. Several betas: a mean-field adapter each, called beta-<X>/mean-field.
+    gets as many as both. Several betas: a mean-field adapter each, called beta-<X>/mean-field, from the largest down, each going on
+    from the one before: what a smaller beta leaves of a summary is some of what a larger one leaves.
 
     Raises InputError for methods that do not exist or that the stage cannot tune.
     """
@@ -79,8 +81,9 @@ def jobs(stage: str, methods: Sequence[str] | None, steps: tuple[int, int], beta
     if idle := [] if every else [name for name in methods if name not in served]:
         raise InputError(f"--method {','.join(idle)}: stage {stage} tunes nothing of it")
     if len(betas) > 1:
-        places = {f"beta-{beta!r}".removesuffix(".0"): beta for beta in betas}
-        return [Job(f"{place}/{MEAN_FIELD}", None, None, steps[0], PLANE_LR, beta) for place, beta in places.items()]
+        places = {f"beta-{beta!r}".removesuffix(".0") + f"/{MEAN_FIELD}": beta for beta in sorted(betas, reverse=True)}
+        starts = [None, *places]
+        return [Job(place, None, None, steps[0], PLANE_LR, beta, start) for (place, beta), start in zip(places.items(), starts)]
     return list(found.values())
 
 
@@ -171,6 +174,10 @@ class Tuner:
         settings = replace(settings, steps=job.steps, beta=job.beta)
         lm.add_adapter(job.name, self.rank, 2.0 * self.rank, "all-linear", seed=hashed("adapter", settings.seed) % 2**31)
         parameters = lm.adapters.parameters(job.name)
+        if job.start is not None:
+            with torch.no_grad():
+                for parameter, value in zip(parameters, lm.adapters.parameters(job.start), strict=True):
+                    parameter.copy_(value)
         best = [p.detach().clone() for p in parameters]
         optimizer = torch.optim.AdamW(parameters, lr=settings.lr or job.lr, betas=(0.9, 0.98), weight_decay=0.0)
         facts: dict[str, Any] = {"job": job.name, "step": 0, "best": None, "chains": []}

@@ -49,9 +49,11 @@ def test_stages_and_methods_decide_what_is_tuned():
     assert set(names(tuning.jobs("all", ["all"], (5, 4), [1.0]))) == {*both, *rivals, ("policy-no-ib-mf", "mean-field", None, 4)}
     assert names(tuning.jobs("all", ["all"], (5, 4), [1.0]))[:2] == both, "a policy is tuned on summaries of the mean field before it"
     plane = tuning.jobs("mean-field", None, (5, 4), [0.1, 10.0])
-    assert [(job.name, job.beta) for job in plane] == [("beta-0.1/mean-field", 0.1), ("beta-10/mean-field", 10.0)]
+    assert [(job.name, job.beta, job.start) for job in plane] == [
+        ("beta-10/mean-field", 10.0, None), ("beta-0.1/mean-field", 0.1, "beta-10/mean-field")
+    ]  # fmt: skip
     close = [job.name for job in tuning.jobs("mean-field", None, (5, 4), [1.00000001, 1.00000002, 1.00000001])]
-    assert close == ["beta-1.00000001/mean-field", "beta-1.00000002/mean-field"], "a folder for each, and once"
+    assert close == ["beta-1.00000002/mean-field", "beta-1.00000001/mean-field"], "a folder for each, and once"
     wrong = (("all", ["state"]), ("all", ["x"]), ("sft", ["mf-llm"]), ("policy", ["sft"]), ("mean-field", ["sft"]),
              ("policy", ["mf-llm", "sft"]), ("sft", ["mf-llm", "sft"]), ("mean-field", ["mf-llm", "mf-llm-no-ib-mf"]),
              ("policy", ["mf-llm", "mf-llm-no-ib-policy"]))  # fmt: skip
@@ -237,10 +239,11 @@ def test_several_betas_draw_the_information_plane(options, tmp_path, monkeypatch
     record = json.loads((out / "run.json").read_text())
     for point, measured in zip([record["untuned"], *record["plane"]], found[-3:], strict=True):
         assert point["gain"] == measured["reward"] - measured["blind"] != 0
-    assert [point["beta"] for point in record["plane"]] == [0.1, 10.0]
+    assert [point["beta"] for point in record["plane"]] == [10.0, 0.1]
     first = {row["stage"]: row["dev_loss"] for row in map(json.loads, open(out / "log.jsonl")) if row.get("step") == 0}
-    for place, beta in (("beta-0.1/mean-field", 0.1), ("beta-10/mean-field", 10.0)):  # fresh adapters, so L_mu of the untuned one
-        assert first[place] == pytest.approx(found[-3]["kl"] - beta * found[-3]["reward"])
+    # L_mu of what each begins as: the untuned one, and the version that was selected before it
+    for (place, beta), begun in zip((("beta-10/mean-field", 10.0), ("beta-0.1/mean-field", 0.1)), found[-3:], strict=False):
+        assert first[place] == pytest.approx(begun["kl"] - beta * begun["reward"])
     assert all(point["kl"] > 0 for point in (*record["plane"], record["untuned"]))
     assert (out / "information_plane.png").stat().st_size > 5000
     assert (out / "beta-10" / "mean-field" / "adapter_config.json").exists()
