@@ -281,9 +281,9 @@ def information_plane(points: Sequence[Mapping[str, float]], untuned: Mapping[st
         axis.plot(untuned["kl"], untuned["gain"], "o", color=_FAMILIES["persistence"])
         # Tuning lowers the KL as a rule, so there is room to the left of its points and to the right of the other.
         axis.annotate("untuned", (untuned["kl"], untuned["gain"]), (8, -4), textcoords="offset points")
-        for point in ordered:
+        for k, point in enumerate(ordered):  # below and above in turns, as neighbours may lie close together
             place, label = (point["kl"], point["gain"]), f"beta {point['beta']:g}"
-            axis.annotate(label, place, (-8, -4), textcoords="offset points", ha="right")
+            axis.annotate(label, place, (-8, 2 if k % 2 else -10), textcoords="offset points", ha="right")
         axis.set_xlabel("KL(mu || r), the bound on I(m; X, c), nats a step")
         axis.set_ylabel("gain in action log-likelihood over the sft policy,\nan estimate of I(m; Y), nats a step")
         axis.set_title("The information plane", loc="left")
