@@ -57,6 +57,8 @@ def _detect(path: Path) -> Iterator[Event]:
         return _file(path)
     if (path / "original-microblog").is_dir():
         return _ced(path)
+    if (path / "source-tweet").is_dir():
+        raise InputError(f"{path}: one thread of a RumourEval story, and an event is a whole story: name the folder above")
     stories = _stories(path)
     if stories:
         return _rumoureval(path, stories)

@@ -269,6 +269,12 @@ def test_a_bad_file_is_named(tmp_path, content, cause):
     assert str(file) in message and cause in message
 
 
+def test_a_thread_is_not_an_event():
+    thread = next(FIXTURES.glob("rumoureval/**/source-tweet")).parent
+    assert f"{thread}: one thread of a RumourEval story" in refused(thread)
+    assert load_events(thread.parent)
+
+
 def test_missing_paths_loops_and_unknown_formats(tmp_path):
     assert "no such file" in refused(tmp_path / "absent")
     assert "no such file" in refused(tmp_path / "absent" / "deeper.jsonl")
