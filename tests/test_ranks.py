@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # 320 agents a step with a model, which are two chunks; a mean field, and a method without a model
 SIMULATE = ["simulate.py", "--events", "2", "--seeds", "4", "--agents", "50", "--warmup", "10", "--batch", "20", "--threads", "1",
             "--method", "recent,persistence,mf-llm-no-ib", "--action-tokens", "4", "--summary-tokens", "6"]  # fmt: skip
+MEAN_FIELD = ["--stage", "mean-field", "--method", "mf-llm"]
 CHANGED = ("started", "ended", "wall_time", "actions_per_second", "processes")
 
 
@@ -113,7 +114,7 @@ def test_torchrun_and_a_single_process_write_the_same_bytes(shallow_folder, tmp_
 @pytest.mark.parametrize("name", ["simulate", "tune"])
 def test_two_go_on_to_the_bytes_of_one(server, run, cases, tmp_path, name):
     """Two processes write what one does, also where they resume what one began, or one resumes what two began."""
-    arguments = cases[name] + ["--stage", "mean-field"] * (name == "tune")
+    arguments = cases[name] + MEAN_FIELD * (name == "tune")
     whole = server.run(*arguments, "--out", tmp_path / "one")
     assert whole["code"] == 0, whole
     die_at = whole["operations"] // 2
@@ -129,10 +130,10 @@ def test_two_go_on_to_the_bytes_of_one(server, run, cases, tmp_path, name):
 
 def test_all_processes_hold_the_adapter_of_one(server, run, cases, tmp_path):
     """To the last bit, after every update of either kind."""
-    for stage in (["mean-field"], ["sft", "--method", "sft"]):
-        arguments = [*cases["tune"], "--stage", *stage, "--out"]
-        one = server.run(*arguments, tmp_path / f"{stage[0]} one", env={"SAY_ADAPTERS": "1"})
-        two = run([*arguments, tmp_path / f"{stage[0]} two"], *[{"env": {"SAY_ADAPTERS": "1"}}] * 2)
+    for stage in (MEAN_FIELD, ["--stage", "sft", "--method", "sft"]):
+        arguments = [*cases["tune"], *stage, "--out"]
+        one = server.run(*arguments, tmp_path / f"{stage[1]} one", env={"SAY_ADAPTERS": "1"})
+        two = run([*arguments, tmp_path / f"{stage[1]} two"], *[{"env": {"SAY_ADAPTERS": "1"}}] * 2)
         assert len(set(one["stderr"].splitlines())) > 1 and [result["stderr"] for result in two] == [one["stderr"]] * 2, (one, two)
 
 
@@ -144,7 +145,7 @@ def test_a_backbone_spread_over_processes_computes_the_same(server, run, cases, 
     assert [(result["code"], result["stderr"]) for result in results] == [(0, "")] * 2, results
     for name in ("trajectory.jsonl", "mean_field.jsonl", "likelihood.jsonl", "metrics.json"):
         assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes(), name
-    tune = [*cases["tune"], "--stage", "mean-field", "--dtype", "float64"]
+    tune = [*cases["tune"], *MEAN_FIELD, "--dtype", "float64"]
     assert server.run(*tune, "--out", tmp_path / "tuned")["code"] == 0
     results = run([*tune, "--shard", "--out", tmp_path / "spread"])
     assert [(result["code"], result["stderr"]) for result in results] == [(0, "")] * 2, results

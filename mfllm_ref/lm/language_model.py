@@ -307,7 +307,7 @@ class LanguageModel:
         self.adapters.mix(names, adapter)
         tokens = np.zeros((len(prompts), max_new_tokens), dtype=np.int64)
         counts = np.zeros(len(prompts), dtype=np.int64)  # tokens per agent, with end of text
-        limits = config.max_positions + 1 - np.array([len(row) for row in prompts])
+        limits = np.minimum(max_new_tokens, config.max_positions + 1 - np.array([len(row) for row in prompts]))
         row_of = np.arange(len(prompts))  # the agent in each row of the batch
         alive = np.ones(len(prompts), dtype=bool)  # by row
         seen = square(prompts, max_new_tokens, device) if penalty != 1 else None
