@@ -324,8 +324,8 @@ class _SentencePiece(_Model):
         pieces = [model.id_to_piece(i) for i in range(model.get_piece_size())]
         self.bytes = {i: int(piece[3:-1], 16) for i, piece in enumerate(pieces) if model.is_byte(i)}
         apart = [i for i in range(len(pieces)) if model.is_control(i) or model.is_unknown(i)]
-        self.added = {pieces[i]: Added(i, special=i not in defined) for i in apart}
-        self.added |= _declared(path.parent, config)[0]
+        declared, special = _declared(path.parent, config)
+        self.added = {pieces[i]: Added(i, i not in defined or pieces[i] in special) for i in apart} | declared
         self.pieces = dict(enumerate(pieces)) | {added.id: token for token, added in self.added.items()}
         self.ids = {piece: id for id, piece in self.pieces.items()}
         self.silent = {added.id for added in self.added.values() if added.special}

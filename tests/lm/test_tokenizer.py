@@ -229,10 +229,10 @@ def test_no_added_token_comes_from_text(kind, tmp_path):
 
 def test_no_control_or_user_defined_piece_comes_from_text_in_sentencepiece(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(
-        llama_model(user_defined_symbols=["<|im_end|>"], control_symbols=["[INST]"])
+        llama_model(user_defined_symbols=["<|im_end|>", "<|eot|>"], control_symbols=["[INST]"])
     )
     (tmp_path / "added_tokens.json").write_text(json.dumps({"<pad>": 520, "<note>": 521}))
-    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"pad_token": "<pad>"}))
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"pad_token": "<pad>", "eos_token": "<|eot|>"}))
     ours = Tokenizer.load(tmp_path)
     assert {"<|im_end|>", "[INST]", "<s>", "</s>", "<unk>", "<pad>"} <= set(ours.model.added)
     raw = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
@@ -242,7 +242,7 @@ def test_no_control_or_user_defined_piece_comes_from_text_in_sentencepiece(tmp_p
         assert not {token.id for token in ours.model.added.values()} & set(ids), text
         assert ours.decode(ids) == text
     assert ours.decode([520, *ours.encode("a")]) == "a"
-    told = [*ours.encode("a"), raw.piece_to_id("<|im_end|>"), raw.piece_to_id("[INST]"), 521]
+    told = [*ours.encode("a"), *map(raw.piece_to_id, ("<|im_end|>", "[INST]", "<|eot|>")), 521]
     assert ours.decode(told) == "a<|im_end|><note>", "what is neither a control token nor called special is read"
 
 
