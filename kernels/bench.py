@@ -66,11 +66,13 @@ def queued(call: Call) -> float:
 
 
 def medians(calls: dict[str, Call], device: str, budget: float) -> dict[str, float]:
-    """Seconds of each call (called before), the median of rounds in which each is timed once; at least 3, at most 50 rounds."""
+    """Seconds of each call, the median of rounds in which each is made twice and the second one timed: in a model, too, one layer
+    follows the other, with threads awake and its own numbers in cache. At least 3, at most 50 rounds."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     start, rounds = time.perf_counter(), 0
     while rounds < 3 or (rounds < 50 and time.perf_counter() - start < budget):
         for name, call in calls.items():
+            call()
             times[name].append(seconds(call, device))
         rounds += 1
     return {name: statistics.median(values) for name, values in times.items()}
