@@ -88,7 +88,7 @@ def agent_attention(
     are converted. Triton's products are of q's dtype, summed in float32. PyTorch computes float16 in float32. In
     bfloat16 it rounds scores (less that of a key that the row sees, so their level is of no account) before a softmax in float32: the
     relative error, of norms, is 0.5% where scores spread by one nat and about 1% where they spread by 3 to 10. Under autocast it
-    computes in autocast's dtype.
+    computes in autocast's dtype, but for float64.
 
     plan: what `Plan` makes of the same lengths and window, where many calls share them. Its lengths count then: of those given
     here only the shapes are checked. Raises ValueError for lengths, shapes and devices that do not fit together, and for a
@@ -113,7 +113,7 @@ def agent_attention(
 
         return fused_attention(*inputs, plan)[0]
     compute = q.dtype if q.dtype == torch.bfloat16 else torch.promote_types(q.dtype, torch.float32)
-    if torch.is_autocast_enabled(q.device.type):  # as other attention does; `_grouped` must know what its products are of
+    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:  # as other attention; `_grouped` must know its dtype
         with torch.autocast(q.device.type, enabled=False):
             return _pytorch(plan, inputs, torch.get_autocast_dtype(q.device.type), differentiable)
     return _pytorch(plan, inputs, compute, differentiable)

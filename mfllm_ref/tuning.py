@@ -109,15 +109,16 @@ def choose_events(
     else:
         check_ids(data, leave_out)
         kept = list(data) if pretrained is None else pretraining_part(data, pretrained)[1]
+        read = len(data) - len(kept)
         kept = [event for event in kept if event.id not in leave_out and len(event.actions) > 2 * batch]
         kept.sort(key=lambda event: hashed("selection", event.id))
         cut = max(1, len(kept) // 5)
         held, fitted = kept[:cut], kept[cut:]
         if not fitted:
-            gone = "" if pretrained is None else ", pretraining has read the others" if len(data) > len(kept) else ""
+            gone = f", as pretraining has read {read}" if read else ""
             raise InputError(
-                f"{len(data)} events: an empty split, {len(kept)} of them with over {2 * batch} actions to tune and select on are "
-                f"left{gone}; two are needed"
+                f"{len(data)} events: an empty split, {len(kept)} with over {2 * batch} actions are left to tune and select on{gone}; "
+                "two are needed"
             )
     tuned, dev = ([Past(event, annotate, batch, half_life) for event in some] for some in (fitted, held[:DEV_EVENTS]))
     if all(past.steps <= DEV_STEPS[0] for past in dev):

@@ -78,7 +78,7 @@ def test_events_that_select_are_not_tuned_on(data):
     for few in ([], events[:1]):
         with pytest.raises(InputError, match="empty split"):
             tuning.choose_events(few, [], None, 10, ANNOTATE)
-    with pytest.raises(InputError, match="1 of them .* left, pretraining has read the others; two are needed"):
+    with pytest.raises(InputError, match="1 with over 20 actions .* as pretraining has read 5; two are needed"):
         tuning.choose_events(events[:6], [], [], 10, ANNOTATE)
     short = [replace(event, actions=event.actions[:30]) for event in events]
     with pytest.raises(InputError, match="over 3 steps"):  # and so no chain of a mean field's on a dev event would end early

@@ -73,3 +73,9 @@ def test_a_plans_lengths_count(dtype, gradients):
     expected = agent_attention(*given)
     others = [*given[:3], torch.tensor([8, 8], dtype=torch.int32), *given[4:6], torch.zeros(2, dtype=torch.int32), given[7]]
     assert torch.equal(agent_attention(*others, plan=plan), expected) and expected.isfinite().all()
+
+
+def test_float64_stays_float64_under_autocast():
+    given = case(dtype=torch.float64)
+    with torch.autocast("cpu", BF16):
+        assert error(given) < 1e-12
