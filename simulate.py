@@ -18,8 +18,8 @@ from mfllm_ref import doors
 EPILOG = """\
 It writes to --out: report.png (look at this first), metrics.json (every number of the table it prints, and more),
 trajectory.jsonl (each action, simulated and real, with its labels), mean_field.jsonl (the summaries of the population),
-likelihood.jsonl (that of the real actions) and run.json (what made all this). Ctrl-C is safe: the same command with --out and --resume goes on.
-Exit codes: 0 done, 2 bad input, 130 interrupted."""
+likelihood.jsonl (the log-likelihood of the real actions) and run.json (what made all this). Ctrl-C is safe: the same command
+with --out and --resume goes on. Exit codes: 0 done, 2 bad input, 130 interrupted."""
 
 
 def parser() -> doors.Parser:
@@ -57,7 +57,7 @@ def parser() -> doors.Parser:
     doors.add_summaries(model)
     model.add_argument("--action-tokens", type=doors.positive, default=48, metavar="N", help="longest action (default: "
                        "48)")  # fmt: skip
-    model.add_argument("--annotator", choices=("rules", "lm"), default="rules", help="what labels texts: word "
+    model.add_argument("--annotator", choices=("rules", "lm"), default="rules", help="what labels the texts: word "
                        "lists, or the backbone (worth it for a large one; default: rules)")  # fmt: skip
     doors.add_common(out)
     return out
@@ -68,7 +68,7 @@ def main() -> None:
     from mfllm_ref import metrics, report, runs
 
     out = doors.place(args)
-    from mfllm_ref import simulation  # torch takes a second or two; whatever is wrong above is said before
+    from mfllm_ref import simulation  # imported late: torch takes a second or two, and errors above should come at once
     from mfllm_ref.lm import LanguageModel
     from mfllm_ref.society.annotate import LMAnnotator, RuleAnnotator
     from mfllm_ref.society.rollout import Settings, World
@@ -126,7 +126,7 @@ def main() -> None:
         if intervention:
             more = simulation.roll_out(run, "-without", *common, None, likelihood=False, progress=show)
             written, seconds = written + more[0], seconds + more[1]
-        known = events if args.data is None and args.warmup else None  # those whose true process can go on
+        known = events if args.data is None and args.warmup else None  # events whose true process can be continued
         floors = simulation.floors(known or (), settings, annotate)
         likelihood = simulation.nll(runs.read_json_lines(out / "likelihood.jsonl"))
         labels = metrics.collect(runs.read_json_lines(out / "trajectory.jsonl"))

@@ -16,8 +16,8 @@ from pathlib import Path
 from mfllm_ref import doors
 
 EPILOG = """\
-It writes to --out: an adapter a folder (PEFT's format: `simulate.py --adapters OUT`), or with --stage pretrain a Hugging Face
-style folder (`simulate.py --backbone OUT`), log.jsonl, loss.png, response.png or, of several betas, information_plane.png,
+It writes to --out: one folder per adapter (PEFT's format: `simulate.py --adapters OUT`), or with --stage pretrain a Hugging Face
+style folder (`simulate.py --backbone OUT`), log.jsonl, loss.png, response.png or, with several betas, information_plane.png,
 and run.json. Ctrl-C is safe: the same command with --out and --resume goes on. Exit codes: 0 done, 2 bad input, 130 interrupted."""
 
 
@@ -72,7 +72,7 @@ def parser() -> doors.Parser:
     tune.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient (default: 1)")
     tune.add_argument("--repetition-penalty", type=float, default=0.0, metavar="X", help="off the reward for each repeated "
                       "token of a summary (default: 0)")  # fmt: skip
-    tune.add_argument("--reweighted", type=float, default=0.0, metavar="P", help="part of a policy's steps whose population is "
+    tune.add_argument("--reweighted", type=float, default=0.0, metavar="P", help="fraction of a policy's steps whose population is "
                       "made up: actions drawn anew so that one dimension's shares are random, and those shares told (default: 0)")  # fmt: skip
     doors.add_summaries(tune)
     make = out.add_argument_group("pretraining")
@@ -80,7 +80,7 @@ def parser() -> doors.Parser:
                       help="family (default: qwen2); a mistral has a sliding window of 256 tokens")  # fmt: skip
     make.add_argument("--shape", choices=("tiny", "small"), help="size: tiny 2.9 M parameters, small 6.6 M "
                       "(default: tiny for the built-in world, small for --data)")  # fmt: skip
-    make.add_argument("--dropout", type=float, metavar="P", help="part of what a layer adds that is left out while training "
+    make.add_argument("--dropout", type=float, metavar="P", help="dropout on what each half of a layer adds "
                       "(default: 0 for the built-in world, of which there is always more; 0.15 for --data)")  # fmt: skip
     doors.add_common(out)
     return out
@@ -97,7 +97,7 @@ def pretraining(args: argparse.Namespace, data: Path | None, out: Path, common: 
         "save_every": args.save_every or 100, "dropout": dropout, "leave_out": sorted(set(args.leave_out)),
     }  # fmt: skip
     if args.shard:
-        raise doors.InputError("--shard: is for a frozen backbone, which pretraining has not")
+        raise doors.InputError("--shard spreads a frozen backbone; pretraining trains all weights")
     if len(args.steps) > 1:
         raise doors.InputError(f"--steps {','.join(map(str, args.steps))}: pretraining is one stage")
     if not 0 < settings["lr"] < 1:
@@ -139,7 +139,7 @@ def tuning(args: argparse.Namespace, data: Path | None, out: Path, common: dict)
     from mfllm_ref.society.response import LEVELS, WATCHED
 
     device, dtype = doors.device_and_dtype(args)
-    # About eight minutes on two cores, of the ten that there are.
+    # The default takes about eight minutes on two cores; ten are allowed.
     steps = tuple(args.steps * 2)[:2] or (60, 120)
     settings = ib_tune.Settings(
         rows=args.rows or 8, micro=args.micro, lr=args.lr, samples=args.samples, beta=args.beta[0],
@@ -153,7 +153,7 @@ def tuning(args: argparse.Namespace, data: Path | None, out: Path, common: dict)
     todo = tuning.jobs(args.stage, methods, steps, args.beta)
     backbone = args.backbone or doors.CHECKPOINTS / "tiny"
     events, annotate = load_events(data) if data else None, RuleAnnotator()
-    # Of the same events pretraining has left some for tuning; of any others it has seen none.
+    # Where pretraining read these very events, only those that it kept back may be tuned on.
     before, pretrained = runs.pretraining(backbone), None
     read = simulation.digests(data, events) if events else None
     if read and before["sha256"].get("events") == read["events"]:
@@ -213,7 +213,7 @@ def tuning(args: argparse.Namespace, data: Path | None, out: Path, common: dict)
                 doors.say(report.table(measured))
                 result["kl"] = {name: entry["kl"]["mean"] for name, entry in measured["methods"].items()}
             else:
-                doors.say("no table before and after: no event that selects has over 100 actions")
+                doors.say("no table before and after: no dev event has over 100 actions")
         if result:
             tuner.log.append([result])
         run.complete(**result)
@@ -227,7 +227,7 @@ def main() -> None:
     options.refuse(args, "tuning" if args.stage == "pretrain" else "pretraining", f"--stage {args.stage}")
     for option, values in (("--split", [args.split] if args.split else []), ("--leave-out", args.leave_out)):
         if values and not args.data:
-            raise doors.InputError(f"{option} {values[0]}: is of the events of --data, of which there are none")
+            raise doors.InputError(f"{option} {values[0]}: needs --data, whose events it selects from")
     out = doors.place(args)
     common = {
         "command": "train.py", "stage": args.stage, "data": str(args.data) if args.data else None, "batch": args.batch,
@@ -237,7 +237,7 @@ def main() -> None:
     (pretraining if args.stage == "pretrain" else tuning)(args, data, out, common)
     from mfllm_ref.training import STATE
 
-    (out / STATE).unlink(missing_ok=True)  # only now that the run is finished: without it, it would begin anew
+    (out / STATE).unlink(missing_ok=True)  # only once the run is finished: an interrupted run would start over without its state
 
 
 if __name__ == "__main__":

@@ -30,9 +30,9 @@ from torch import Tensor
 from kernels.agent_attention_plan import Piece, Plan
 from kernels.dispatch import runs_triton
 
-CELLS = 2**19  # scores held at once by the path that holds them (they should fit in cache), unless a single agent has more
-WARM = 2**21  # numbers of queries that the other path goes through at once, so that what it makes on the way stays in cache
-FEW = 16  # an agent's query rows for a key head up to which the flash kernel spends more time on each agent than on its rows
+CELLS = 2**19  # scores that `_grouped` holds at once (they should fit in cache), unless a single agent has more
+WARM = 2**21  # numbers of queries that `_flash` takes at once, so that its intermediate results stay in cache
+FEW = 16  # query rows per agent and key head up to which `_onward` is faster than the flash kernel
 
 
 def agent_attention_reference(
@@ -86,9 +86,9 @@ def agent_attention(
     padding and return 0. With window w, key j is visible to position i iff i - w < j <= i, over prefix and suffix
     together. Unused slots may hold NaN. Differentiable where an input requires grad. Keys and values of another dtype than q's
     are converted. Triton's products are of q's dtype, summed in float32. PyTorch computes float16 in float32. In
-    bfloat16 it rounds scores (less that of a key that the row sees, so their level is of no account) before a softmax in float32: the
-    relative error, of norms, is 0.5% where scores spread by one nat and about 1% where they spread by 3 to 10. Under autocast it
-    computes in autocast's dtype, but for float64.
+    bfloat16 it rounds scores (relative to the score of one key that the row sees, so that a common offset costs no precision)
+    before a softmax in float32: the relative error, of norms, is 0.5% where scores spread by one nat and about 1% where they
+    spread by 3 to 10. Under autocast it computes in autocast's dtype, but for float64.
 
     plan: what `Plan` makes of the same lengths and window, where many calls share them. Its lengths count then: of those given
     here only the shapes are checked. Raises ValueError for lengths, shapes and devices that do not fit together, and for a
@@ -113,7 +113,8 @@ def agent_attention(
 
         return fused_attention(*inputs, plan)[0]
     compute = q.dtype if q.dtype == torch.bfloat16 else torch.promote_types(q.dtype, torch.float32)
-    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:  # as other attention; `_grouped` must know its dtype
+    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
+        # In autocast's dtype, as PyTorch's own attention; off within, as `_grouped` chooses dtypes itself.
         with torch.autocast(q.device.type, enabled=False):
             return _pytorch(plan, inputs, torch.get_autocast_dtype(q.device.type), differentiable)
     return _pytorch(plan, inputs, compute, differentiable)

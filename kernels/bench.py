@@ -1,11 +1,11 @@
 """Times each kernel against its rivals on this machine: python -m kernels.bench [agent_attention|ib_loss] [--json FILE]
 
-Every figure of a run is of that run: the machine's ceilings (copy bandwidth, matrix product rate), the kernel and its
-rivals, timed in turns, so that a disturbance meets all of them; medians. "bound" is the analytic cost model, FLOPs at the
-matrix rate plus bytes at the copy rate, of the work that no implementation can avoid; GB/s and TFLOP/s are counted for
-that same work whatever an implementation does. On a GPU ms are the GPU's, and host ms what it takes to queue a call: where
-host ms exceed ms, a single call waits for the host. Memory is what a call allocates at its peak beyond its inputs.
-On CUDA these are Qwen2-1.5B's shapes in bfloat16 and the Triton kernels, else smaller ones in float32 and the CPU paths.
+Every figure that a run prints was measured in that run: the machine's ceilings (copy bandwidth, matrix product rate), the
+kernel and its rivals, timed in turns, so that a disturbance meets all of them; medians. "bound" is the analytic cost model,
+FLOPs at the matrix rate plus bytes at the copy rate, of the work that no implementation can avoid; GB/s and TFLOP/s are counted
+for that same work whatever an implementation does. On a GPU ms are the GPU's, and host ms what it takes to queue a call: where
+host ms exceed ms, a single call waits for the host. Memory is what a call allocates at its peak beyond its inputs. On CUDA
+these are Qwen2-1.5B's shapes in bfloat16 and the Triton kernels, else smaller ones in float32 and the CPU paths.
 """
 
 import argparse

@@ -193,7 +193,7 @@ def left_out(name: str, error: Exception) -> None:
 
 
 def runnable(calls: dict[str, Call]) -> dict[str, Call]:
-    """Those that run, each called twice: what is compiled is compiled then. The first is the kernel, and must run."""
+    """The calls that run at all; each is called twice, so that compiling is over. The first is the kernel, which must run."""
     able: dict[str, Call] = {}
     for name, call in calls.items():
         try:

@@ -76,7 +76,7 @@ def ib_loss(hidden: Tensor, prior_hidden: Tensor, weight: Tensor, targets: Tenso
     integer = targets.dtype in (torch.int32, torch.int64)
     if not integer or not all(map(torch.is_floating_point, inputs)) or len({x.device for x in (*inputs, targets)}) > 1:
         found = ", ".join(f"{x.dtype} on {x.device}" for x in (*inputs, targets))
-        raise ValueError(f"hidden, prior_hidden, weight and targets must be three times floats and int64 on one device, not {found}")
+        raise ValueError(f"hidden, prior_hidden and weight must be floats, targets int32 or int64, on one device, not {found}")
     kept = targets != IGNORED
     wrong = kept & ((targets < 0) | (targets >= weight.shape[0]))
     if wrong.any():

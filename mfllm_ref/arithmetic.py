@@ -89,7 +89,7 @@ def exponent(sizes: Sequence[float], seconds: Sequence[float]) -> float:
 
 
 def measured_flops(config: Config, row: Mapping[str, float], batch: int) -> tuple[float, float]:
-    """(FLOPs of a rollout, the same where everyone is told everything), by a row of `bench.scale`: mean token counts of prefix,
+    """(FLOPs of a rollout, the same where everyone is told everything), by a row of `scale.rollout`: mean token counts of prefix,
     suffix, action ("new"), the mean-field model's prompt ("listing") and summary, and its agents, worlds and steps."""
     load = Load(min(batch, row["agents"]), row["prefix"], row["suffix"], row["new"])
     acting = load.cost(config).flops / load.agents * row["agents"]

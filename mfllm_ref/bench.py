@@ -49,7 +49,7 @@ from mfllm_ref.scale import scale
 from mfllm_ref.society.corpus import Document
 
 TINY = doors.CHECKPOINTS / "tiny"
-LARGEST = 10**7  # of every number that one may ask for
+LARGEST = 10**7  # of any number on the command line
 TIE = 1e-3  # nats: ten times what the order of float32 sums changes in a log-probability of a large vocabulary
 SHAPES = {
     "tiny": pretrain.SHAPES["tiny"],
@@ -79,7 +79,7 @@ def in_turns(contestants: Mapping[str, Callable[[], object]], repeats: int) -> d
 
 def agree(name: str, lm: LanguageModel, prompts: Sequence[list[int]], ours: Sequence[str], theirs: Sequence[str]) -> int:
     """How many agents' greedy tokens part where the likeliest two are as likely within TIE nats, which rounding decides.
-    SystemExit in one line where contestants differ otherwise: then no time of theirs means anything."""
+    SystemExit in one line where contestants differ otherwise: their times would mean nothing."""
     ties = 0
     for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
         if a == b:
@@ -89,7 +89,7 @@ def agree(name: str, lm: LanguageModel, prompts: Sequence[list[int]], ours: Sequ
         told = prompts[i] + mine[:at]
         first, second = lm.log_prob([told, told], [mine[at : at + 1], their[at : at + 1]]).tolist()
         if not abs(first - second) < TIE:
-            raise SystemExit(f"bench: agent {i}: ours and {name} differ, no time is told: {a!r:.200} against {b!r:.200}")
+            raise SystemExit(f"bench: agent {i}: ours and {name} differ, so no times are printed: {a!r:.200} against {b!r:.200}")
         ties += 1
     return ties
 
@@ -278,7 +278,7 @@ def train(args: argparse.Namespace) -> None:
     pairs = list(zip(ours(), theirs(), strict=True))
     gaps = [abs(a - b) / abs(b) for a, b in pairs]
     if not max(gaps) <= 1e-4:
-        raise SystemExit(f"bench: (loss, gradient norm) differ, no time is told: ours and theirs {pairs}")
+        raise SystemExit(f"bench: (loss, gradient norm) differ, so no times are printed: ours and theirs {pairs}")
     seconds = in_turns({"ours": ours, "theirs": theirs}, args.repeats)
     tokens = [args.prefix + agents * (args.suffix + args.new), agents * (start + args.new)]
     print(f"one policy-stage update, LoRA rank {args.rank} on all linear layers; {setting(args, lm, torch.float32)}")

@@ -83,7 +83,7 @@ def followers(
             texts = [action.text for action in event.actions[:agents]]
             coded.append((event.id, metrics.encode(annotator(texts, event.language))))
     if len(coded) < 2:
-        raise InputError(f"{len(coded)} of {len(events)} events go on after {agora.WARMUP} actions; what is usual takes two")
+        raise InputError(f"{len(coded)} of {len(events)} events go on after {agora.WARMUP} actions; the usual shares need two")
     shares = np.stack([metrics.label_shares(codes)[0] for _, codes in coded])
     total = {row: np.zeros(len(DIMENSIONS)) for row in (None, *FOLLOWED)}
     for (name, codes), own in zip(coded, shares, strict=True):

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 CHECKPOINTS = Path(__file__).resolve().parents[1] / "checkpoints"  # what runs use by default: tiny/ and tiny-adapters/
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
-KEPT_SHAPES = 256  # for which oneDNN, and PyTorch on top of it, keep what they made of a product
+KEPT_SHAPES = 256  # matrix shapes whose compiled products oneDNN, and PyTorch on top of it, keep cached
 
 
 class Parser(argparse.ArgumentParser):
@@ -31,11 +31,11 @@ class Parser(argparse.ArgumentParser):
         raise InputError(message)
 
     def refuse(self, args: argparse.Namespace, title: str, where: str) -> None:
-        """InputError for an option of the group `title` that was given, as `where` it would be without effect."""
+        """InputError for an option of the group `title` that was given although `where` ignores it."""
         for group in self._action_groups:
             for action in group._group_actions if group.title == title else ():
                 if getattr(args, action.dest) != action.default:
-                    raise InputError(f"{action.option_strings[0]}: is for {title}, {where} does not read it")
+                    raise InputError(f"{action.option_strings[0]} is for {title}; {where} does not read it")
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:
@@ -52,7 +52,7 @@ def add_machine(parser: argparse._ActionsContainer) -> None:
     """The options of everything that computes."""
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if there is one")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights; auto: bfloat16 where the "
-                        "device multiplies it fast (for training on a GPU; on a CPU its products alone), else float32")  # fmt: skip
+                        "device multiplies it fast (training on a CPU: in products alone), else float32")  # fmt: skip
     parser.add_argument("--seed", type=natural, default=0, help="of all sampling (default: 0)")
     parser.add_argument("--threads", type=whole(1, 1024), default=None, help="CPU threads of a process "
                         "(default: all cores, divided among torchrun's processes)")  # fmt: skip
@@ -134,7 +134,8 @@ def device_and_dtype(args: argparse.Namespace, training: bool = True) -> tuple["
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
         if ranks.local_rank() >= torch.cuda.device_count():
-            raise InputError(f"--nproc-per-node: a process needs a CUDA device of its own, here are {torch.cuda.device_count()}")
+            devices = torch.cuda.device_count()
+            raise InputError(f"--nproc-per-node: each process needs its own CUDA device; this machine has {devices}")
         torch.cuda.set_device(ranks.local_rank())  # what "cuda" means from now on
     automatic = torch.bfloat16 if device.type != "cpu" or not training and fast_bfloat16() else torch.float32
     return device, automatic if args.dtype == "auto" else getattr(torch, args.dtype)
@@ -174,21 +175,21 @@ def place(args: argparse.Namespace) -> Path:
     from mfllm_ref import runs
 
     if args.resume and args.out is None:
-        raise InputError("--resume: name the folder to go on in with --out")
+        raise InputError("--resume needs --out, the folder of the run to go on with")
     out = args.out or runs.default_out()
     runs.check_place(out, args.resume)
     return out
 
 
 def progress(out: Path) -> bool:
-    """Whether to show progress: on a terminal, which is told first where the run is."""
+    """Whether stderr is a terminal, which gets a progress bar; it is first told where the run is."""
     if show := sys.stderr is not None and sys.stderr.isatty():  # it may be closed
         print(f"writing to {out}", file=sys.stderr)
     return show
 
 
 def say(text: str) -> None:
-    """Print, and go on where nobody reads it any more (`| head`) or it cannot be kept: what was said is in the run's files too."""
+    """Print. A closed pipe (`| head`) or a full disk does not end the run: what is said is in the run's files too."""
     try:
         print(text, flush=True)
     except OSError:
@@ -199,12 +200,12 @@ def run_door(name: str, main: Callable[[], None]) -> int:
     """Run a door: exit code 0, 2 with one line on stderr for bad input, 130 on Ctrl-C. Under torchrun one process prints
     that line, and the code is 1 where another process has ended without one."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr has it: a terminal that lacks a folder's letters ends no run
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does: no path may end the run
     try:
         with _notices(name), ranks.job():
             main()
         return 0
-    except (InputError, OSError) as error:  # the system's own: a path too long, or one it lets nobody look at
+    except (InputError, OSError) as error:  # OSError from the system: a path too long, permission denied
         code, said = 2, str(error)
     except FloatingPointError as error:  # weights that overflow: no NaN goes on into a file
         code, said = 2, f"{error} (damaged weights, or a --dtype too narrow for them)"

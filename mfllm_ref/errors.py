@@ -13,4 +13,4 @@ class InputError(ValueError):
 
 
 class Notice(UserWarning):
-    """What a user should know of a run that goes on. The doors print its one line, without the place in the code."""
+    """Something that a user should know about a run that continues. The doors print its one line, without the place in the code."""

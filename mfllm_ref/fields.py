@@ -15,7 +15,7 @@ from mfllm_ref.errors import InputError
 def read_json(path: Path, unique: bool = True, largest: int | None = None) -> Any:
     """What the file holds, see `parse_json`. largest: bytes; a file that has more is refused unread."""
     if largest is not None and path.is_file() and path.stat().st_size > largest:
-        raise InputError(f"{path}: larger than {largest} bytes, which no such file is")
+        raise InputError(f"{path}: larger than {largest} bytes; no genuine file of this kind is")
     return parse_json(read_text(path), str(path), unique)
 
 

@@ -120,7 +120,7 @@ def signal_of(summary: str) -> Signal | None:
 @dataclass(frozen=True, slots=True)
 class Chain:
     """A mean field on its way through one event's real actions: `summary` is m_{step-1}, the next one guides `step`.
-    `number`: how many chains its row of the update has had before."""
+    `number`: how many chains its row has had before this one."""
 
     past: int
     step: int
@@ -134,8 +134,8 @@ def begun(pasts: Sequence[Past], past: int, step: int) -> Chain:
 
 
 class Chains:
-    """As many chains as an update has rows. A chain that has passed its event begins another. `state` is all there is to
-    know to go on."""
+    """As many chains as an update has rows. A chain that has passed its event begins another. `state` is all that is needed to
+    resume."""
 
     def __init__(self, pasts: Sequence[Past], rows: int, seed: int, state: Sequence[Sequence] = ()) -> None:
         self.pasts, self.seed = pasts, seed
@@ -244,8 +244,8 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float = 0.1) -> fl
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """What an update learns from and how. `loss` makes (the mean loss of some of its `rows` in nats a step, what they add to
-    the sums): a few rows at a time are differentiated. `numbers` makes log.jsonl's of all sums."""
+    """What an update learns from and how. `loss` makes (the mean loss of some of its `rows` in nats a step, their part of the
+    sums), called for a few rows at a time; `numbers` turns the sums over all rows into log.jsonl's numbers."""
 
     rows: int
     loss: Callable[[slice], tuple[Tensor, dict[str, float]]]
@@ -300,9 +300,8 @@ def policy_update(lm: LanguageModel, documents: Sequence[Document], adapter: str
 def apply(
     lm: LanguageModel, update: Update, optimizer: torch.optim.Optimizer, step: int, settings: Settings
 ) -> dict[str, float]:  # fmt: skip
-    """Differentiate an update and take one optimizer step, at the schedule's part of the rate that the optimizer was made
-    with; returns its row of log.jsonl (losses and KL in nats a step). Processes share the update's parts and come by the same
-    gradient.
+    """Differentiate an update and take one optimizer step, at the schedule's fraction of the optimizer's initial rate; returns
+    its row of log.jsonl (losses and KL in nats a step). Processes share the update's parts and come by the same gradient.
 
     Raises FloatingPointError, naming step and batch, where the model's numbers, the loss or its gradient are not finite: nothing
     is changed then.
@@ -318,7 +317,7 @@ def apply(
         with torch.autocast(lm.device.type, torch.bfloat16, enabled=settings.mixed):
             loss, sums = update.loss(some)
         finite("loss", loss.item())
-        # The gradient of a nat a step is that of many agents; their number is left to the clipping and to AdamW.
+        # The loss sums over a step's agents; the scale of its gradient is left to clipping and AdamW.
         (loss * (len(rows[some]) / len(rows))).backward()
         if ranks.sharing():
             made[first // settings.micro] = [p.grad for p in parameters]

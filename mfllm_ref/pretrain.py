@@ -42,8 +42,8 @@ from mfllm_ref.training import STATE, at, finite, load_optimizer_tensors, load_s
 # A summary's token counts so much more in the loss than an action's: a document has some 60 of the first or 170 of the second,
 # which are soon as well predicted as they can be, while a summary that is wrong misleads all steps behind it.
 SUMMARY_WEIGHT = 4.0
-HELD_OUT, LOOKS = 20, 20  # events never learned from, which the response curve is drawn on too; how often their loss is looked at
-TOKENIZER_DOCUMENTS, POPULATIONS = 6000, 4  # that the tokenizer is trained on: documents, populations in words beside each
+HELD_OUT, LOOKS = 20, 20  # events held out for dev_loss and the response curve; how often dev_loss is computed
+TOKENIZER_DOCUMENTS, POPULATIONS = 6000, 4  # the tokenizer's training texts: documents, and populations in words per document
 END = "<|endoftext|>"
 WORKERS = 6  # processes that draw batches ahead for a GPU: one takes some 90 ms for 36 rows, the GPU 41 for the step
 EMBEDDING = 0.05  # deviation of its first weights
@@ -109,7 +109,8 @@ def train_tokenizer(texts: Iterable[str], vocab: int) -> tokenizers.Tokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=vocab, special_tokens=[END, *raw_bytes], limit_alphabet=(vocab - 257) * 3 // 5, show_progress=False
     )
-    tokenizer.train_from_iterator(list(texts), trainer)  # a list: drawn by another thread, texts would not hear Ctrl-C
+    # A list: the library's thread would consume an iterator, and Ctrl-C could not stop it.
+    tokenizer.train_from_iterator(list(texts), trainer)
     # The trainer can reserve entries only as added tokens, and an added token would be matched in texts.
     state = json.loads(tokenizer.to_str())
     state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] == END]
@@ -165,8 +166,8 @@ def loss_sums(backbone: Backbone, batch: Batch) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def held_out_loss(backbone: Backbone, tokenizer: Tokenizer, pasts: Sequence[Past], width: int, mixed: bool = False) -> float:
-    """What real actions of events that it never saw cost a backbone in training, told the population's exact label shares: nats a
-    token, of up to `width` actions from the middle of each event on, as far as they fit in a row. Nothing is dropped out."""
+    """Loss in nats per token on real actions of held-out events, told the exact label shares: up to `width` actions from the
+    middle of each event, as far as they fit in a row; without dropout."""
     device = next(backbone.parameters()).device
     documents = [("empirical", past.policy(past.steps // 2, "empirical", width)) for past in pasts]
     batch = collate(documents, tokenizer, end=0).rows(slice(None), device)
@@ -281,8 +282,8 @@ def corpora(
     half_life: actions, of the population that signals and summaries tell of. leave_out: ids of the outside events that it never
     sees (none: a fifth). Raises InputError where nothing is left to read or to keep.
 
-    A fifth of agora's documents carry another event's signal: its backbone reads signals as a general model would,
-    uncalibrated to that world.
+    Of agora's policy documents one in ten carries another event's signal: its backbone reads signals as a general model
+    would, uncalibrated to that world.
     """
     annotate = RuleAnnotator()
     if events is None:
@@ -295,8 +296,8 @@ def corpora(
         some = "these" if leave_out else "a fifth"
         raise InputError(f"{len(events)} events are too few to pretrain on and to keep {some} of for tuning")
     long = [event for event in kept if len(event.actions) >= 10 * batch] or kept
-    # Real populations differ less than agora's, so fewer of them teach to read a signal; and there are few of them, so that a
-    # backbone learns them by heart, where it should learn which words go with a label, whatever the topic.
+    # Real populations differ less than agora's and teach less about reading a signal, so more are made up; and there are few,
+    # which a backbone memorises instead of learning which words go with a label, so other events' people are mixed in.
     mixture = Mixture(reweighted=0.7, guests=0.5)
     corpus = Corpus(len(chosen), annotate, batch, mixture, chosen.__getitem__, half_life)
     return corpus, [Past(event, annotate, batch, half_life) for event in long[:HELD_OUT]]

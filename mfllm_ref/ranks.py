@@ -4,7 +4,8 @@ Notable:
 - Work is cut into parts by what it is, never by how many processes there are. A rank computes its share of the parts and is
   told the others' results, in the order of the parts: every number comes from the same shapes as in a single process.
 - What goes wrong in a part goes wrong on every rank. A process that dies is noticed by the others (its connection closes, and
-  torchrun asks them to end): they raise `Lost`. The first to report has the word, so that a user reads one line.
+  torchrun asks them to end): they raise `Lost`. Only the first process that reports an error prints it, so that a user reads
+  one line.
 """
 
 import contextlib
@@ -24,7 +25,7 @@ _rank, _size, _store, _in_step = 0, 1, None, False
 
 
 class Lost(BaseException):
-    """Another process of this job has ended. No `Exception`: it may come at any moment, as Ctrl-C does."""
+    """Another process of this job has ended. A BaseException, as KeyboardInterrupt is: it may come at any moment."""
 
 
 @contextlib.contextmanager
@@ -82,7 +83,7 @@ def local_size() -> int:
 
 
 def keep_step() -> None:
-    """From now on all processes compute everything: what they run has steps that they take together (`checkpoint.shard`)."""
+    """From now on all processes run the same passes: FSDP's collectives need them in lockstep (`checkpoint.shard`)."""
     global _in_step
     _in_step = True
 
@@ -105,7 +106,7 @@ def _together() -> Iterator[None]:
 
 
 def gather(value: Any) -> list[Any]:
-    """Everybody's `value` (of the CPU), by rank; returns when all have called it."""
+    """Every rank's `value` (picklable, tensors on the CPU), in rank order. Also a barrier."""
     if _size == 1:
         return [value]
     import torch.distributed as dist
@@ -117,7 +118,7 @@ def gather(value: Any) -> list[Any]:
 
 
 def owners(costs: Sequence[float]) -> list[int]:
-    """The rank that computes each part: dear ones first, each to who has least to do. A function of its argument."""
+    """Which rank computes each part: greedily, the most expensive first, each to the least loaded rank. Deterministic."""
     load, owner = [0.0] * _size, [0] * len(costs)
     for part in sorted(range(len(costs)), key=lambda part: -costs[part]):
         owner[part] = min(range(_size), key=load.__getitem__)
@@ -167,10 +168,10 @@ def add_gradients(
 
 
 def first_to_report() -> bool:
-    """Whether no other process has asked this before: who has, says why the job ends."""
+    """True for the first process that asks, which then prints why the job ends."""
     if _size == 1:
         return True
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once this process has the word it must come to say it
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # chosen to report: it must not be killed before it has
     try:
         return _store.add("ended", 1) == 1
     except RuntimeError:  # the store went with the process that held it

@@ -299,7 +299,7 @@ def scaling(
 ) -> None:
     """Write how rollouts scale as PNG: seconds against agents and against worlds, and memory against agents.
 
-    agents, worlds: what `bench.scale` measured, a row a size. Beside the first stands what telling every agent all previous
+    agents, worlds: rows of `scale.rollout`, one per size. Beside the first stands what telling every agent all previous
     actions would take by arithmetic, at the FLOPs a second that the largest run reached.
     """
     with matplotlib.style.context("default"):

@@ -90,8 +90,8 @@ def read_json_lines(path: Path) -> Iterator[dict]:
 
 
 class JsonLines:
-    """A JSON Lines file that only grows. On opening, whatever follows its valid prefix is cut off. Other processes than
-    rank 0 read the same file and count its rows, but change nothing."""
+    """An append-only JSON Lines file. On opening, whatever follows its valid prefix (a torn line) is cut off. Ranks other than
+    0 count its rows and write nothing."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -292,7 +292,7 @@ def _held(out: Path, record: Mapping, resume: bool) -> Iterator[Run]:
         yield run
     except BaseException:
         if run is not None and not run.finished:
-            with contextlib.suppress(InputError):  # of a full disk: what went wrong first is what is said
+            with contextlib.suppress(InputError):  # the disk may be full: the first error is the one to report
                 run.write("interrupted")
         raise
     finally:

@@ -121,7 +121,8 @@ def choose_methods(names: str | None, adapters: Mapping[str, Path], warmup: int)
 
 
 def read_intervention(path: Path, events: Sequence[Event], settings: Settings) -> dict[int, list[tuple[str, str]]]:
-    """Inserted actions by step, (profile, text) each, from a JSON file (README, Your own events and models). InputError names the fault."""
+    """Inserted actions by step, (profile, text) each, from a JSON file (README, Your own events and models). InputError names
+    the fault."""
     items = read_json(path)
     if not isinstance(items, list) or not items:
         raise InputError(f'{path}: must be a list of {{"step", "actions"}}, with at least one')
@@ -133,7 +134,7 @@ def read_intervention(path: Path, events: Sequence[Event], settings: Settings) -
             raise InputError(f'{where}: must be an object with "step" and "actions"')
         step = item["step"]
         if steps < 2:
-            raise InputError(f"{path}: no step follows the only one that a run of these events has")
+            raise InputError(f"{path}: a run of these events has one step only, so no step could follow an intervention")
         if type(step) is not int or not 0 <= step < steps - 1:
             raise InputError(f"{where}: 'step' must be a whole number from 0 to {steps - 2}, so that a step follows")
         for action in a_list(item["actions"], where, "'actions'"):

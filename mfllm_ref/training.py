@@ -1,5 +1,5 @@
-"""What every training loop needs to be interrupted: its state as one safetensors file, written whole or not at all. And to stop
-at numbers that are not finite, saying where it was."""
+"""What every training loop needs: a state to resume from, one safetensors file written whole or not at all, and errors that say
+at which step a number stopped being finite."""
 
 import json
 import math

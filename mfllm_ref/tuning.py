@@ -1,6 +1,6 @@
 """A tuning run: which adapters to tune on which events, selection on held-out ones, its files, and going on after a break.
 
-What `train.py` does beside pretraining, as functions. Every adapter is tuned by one `Job`: the mean-field model's, or that of
+What `train.py` does apart from pretraining, as functions. Every adapter is tuned by one `Job`: the mean-field model's, or that of
 a policy under one signal. An adapter is selected among its versions by loss on the dev events; the untuned one counts.
 """
 
@@ -30,7 +30,7 @@ from mfllm_ref.training import STATE, at, finite, load_optimizer_tensors, load_s
 MEAN_FIELD, POLICY = "mean-field", "policy"
 RIVALS = ("sft", "recent-sft", "popular-sft", "empirical-sft")
 DEV_EVENTS, DEV_STEPS = 24, (3, 8)  # held-out events that select an adapter, and the steps of each that a policy is scored on
-SELECTIONS = 5  # how often the dev events are looked at
+SELECTIONS = 5  # how often the dev events are looked at after the first time, which is before any update
 # Peak learning rates. The plane's is higher, so that as few updates move its points apart.
 MEAN_FIELD_LR, PLANE_LR, POLICY_LR = 5e-4, 4e-3, 1e-3
 SHOWN = 7  # events that the table before and after is made of
@@ -54,7 +54,7 @@ def jobs(stage: str, methods: Sequence[str] | None, steps: tuple[int, int], beta
     """What to tune, in order. stage "mean-field", "policy", "sft" or "all"; methods: those that the adapters are for, by
     default mf-llm, or the four rivals of stage "sft"; steps: updates of the mean-field stage and of the policy stage. A rival
     gets as many as both. Several betas: a mean-field adapter each, called beta-<X>/mean-field, from the largest down, each going on
-    from the one before: what a smaller beta leaves of a summary is some of what a larger one leaves.
+    from the one before: a smaller beta keeps part of what a larger one keeps of a summary.
 
     Raises InputError for methods that do not exist or that the stage cannot tune.
     """
@@ -79,7 +79,7 @@ def jobs(stage: str, methods: Sequence[str] | None, steps: tuple[int, int], beta
             found[method.policy] = Job(method.policy, method.signal, method.mean_field, updates, POLICY_LR)
     served = {m.name for m in chosen if m.policy in found or (m.mean_field in found and stage != POLICY)}
     if idle := [] if every else [name for name in methods if name not in served]:
-        raise InputError(f"--method {','.join(idle)}: stage {stage} tunes nothing of it")
+        raise InputError(f"--method {','.join(idle)}: stage {stage} tunes no adapter of it")
     if len(betas) > 1:
         places = {f"beta-{beta!r}".removesuffix(".0") + f"/{MEAN_FIELD}": beta for beta in sorted(betas, reverse=True)}
         starts = [None, *places]
@@ -253,7 +253,8 @@ class Tuner:
             theirs = self._fields(f"{job.name}.dev", job, self.dev, settings, max(DEV_STEPS) + 1)
         else:
             mine, theirs = ([[told[signal] for told in past.signals] for past in some] for some in (pasts, self.dev))
-        kind = "empirical" if signal == "mean-field" else signal  # nobody wrote a mean field of a made-up population
+        # A made-up population has no written mean field: its exact shares stand in.
+        kind = "empirical" if signal == "mean-field" else signal
         fixed = [past.told(step, told[step]) for past, told in zip(self.dev, theirs) for step in DEV_STEPS if step < past.steps]
 
         def update(step: int) -> Update:

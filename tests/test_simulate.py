@@ -247,7 +247,7 @@ def test_an_intervention_is_measured_against_its_absence(door, tmp_path):
     told = json.loads((tmp_path / "c" / "metrics.json").read_text())["intervention"]
     assert told["true_effect"] is None and told["note"] == "true_effect is null: there is no warm-up to go on from"
     code, _, err = door("--batch", "40", "--intervene", tmp_path / "i.json", "--out", tmp_path / "d")
-    assert code == 2 and "no step follows the only one" in err
+    assert code == 2 and "no step could follow" in err
     told = json.loads((tmp_path / "a" / "metrics.json").read_text())["intervention"]
     assert told["from_step"] == 2 and set(told["effect"]) == {"recent", "empirical"}
     assert told["true_effect"]["stance"]["oppose"] > 0

@@ -313,7 +313,7 @@ def test_numbers_that_become_nan_name_step_and_batch_and_leave_the_best_adapter(
     (["--clip", "inf"], "--clip inf"), (["--repetition-penalty", "inf"], "--repetition-penalty inf"),
     (["--reweighted", "1.5"], "--reweighted 1.5"), (["--reweighted", "nan"], "--reweighted nan"),
     (["--beta", "1,2", "--stage", "mean-field"], "--sft-adapter"), (["--method", "sft, x"], "--method 'x'"),
-    (["--stage", "pretrain"], "is for tuning, --stage pretrain does not read it"), (["--dropout", "0.1"], "--dropout: is for pretraining"),
+    (["--stage", "pretrain"], "is for tuning; --stage pretrain does not read it"), (["--dropout", "0.1"], "--dropout is for pretraining"),
     (["--method", ""], "--method ''"), (["--summary-tokens", "99999"], "--summary-tokens 99999"),
     (["--summary-tokens", "2000"], "event 'agora-train-"), (["--rank", "100000000000"], "--rank"),
 ])  # fmt: skip

@@ -2,7 +2,7 @@
 
 Notable:
 - Parameters carry Hugging Face's names, so a checkpoint loads with no translation.
-- `attend` is the one opening: whoever calls `forward` may take over attention (the engine its shared-prefix cache,
+- `attend` is the one extension point: whoever calls `forward` may take over attention (the engine its shared-prefix cache,
   pretraining its block mask). The backbone itself keeps no cache and no mask.
 - Precision: norms are computed in at least float32 and cast back, and RoPE angles, cosines and sines in float32, both
   as transformers does. In a float64 model the norms stay in float64, where transformers drops to float32: a float32
@@ -139,7 +139,7 @@ class MLP(nn.Module):
         gate, up = self.gate_proj(x), self.up_proj(x)
         if torch.is_grad_enabled():
             return self.down_proj(F.silu(gate) * up)
-        return self.down_proj(F.silu(gate, inplace=True).mul_(up))  # the same numbers, in memory that is warm already
+        return self.down_proj(F.silu(gate, inplace=True).mul_(up))  # the same numbers, without fresh memory
 
 
 class Layer(nn.Module):

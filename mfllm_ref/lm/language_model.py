@@ -35,8 +35,8 @@ from mfllm_ref.lm.worlds import Step, World, cost, cut, members, prefill, rounde
 CACHE_BYTES = 2**30  # keys and values held by one chunk
 LOGITS = 2**24  # logits held at once
 GROWTH = 16  # slots by which a full cache grows: most agents end long before max_new_tokens
-ROWS = (2048, 256)  # agents in a chunk that processes may share, about: on a GPU; on a CPU, where more gain little
-DEAD = (1 / 2, 1 / 8)  # share of finished rows above which a batch is compacted: where that ends a graph; elsewhere
+ROWS = (2048, 256)  # about the most agents in a chunk that processes may share: on a GPU, on a CPU (where more gain little)
+DEAD = (1 / 2, 1 / 8)  # share of finished rows above which a batch is compacted: with CUDA graphs (compacting ends one), without
 
 Prompt = str | Sequence[int]
 
@@ -108,13 +108,12 @@ class LanguageModel:
         """A continuation of each prompt, in the prompts' order.
 
         Penalty (over prompt and generated tokens), temperature, top-k and top-p apply in this order; temperature 0 is
-        greedy, top_k 0 and top_p 1 are off. A text ends before the end of text, before the first stop string, after
-        max_new_tokens, or where the backbone's positions end. Special ids are left out of it.
-        seeds: one whole number a prompt (default: its index); the noise of its n-th token depends on (seed, n) alone.
-        adapters: the one that continues each prompt (None: the bare backbone), in place of the active one; they decode together.
-        A text may be empty: the end may come first. Raises InputError for options out of range, prompts that are empty or
-        too long, and ids the backbone does not have; FloatingPointError where logits are NaN or all -inf, so that there
-        is nothing to draw from.
+        greedy, top_k 0 and top_p 1 are off. A text ends before the end-of-text token, before the first stop string, after
+        max_new_tokens, or where the backbone's positions run out. Special ids are left out of it. seeds: one whole number a
+        prompt (default: its index); the noise of its n-th token depends on (seed, n) alone. adapters: the one that continues
+        each prompt (None: the bare backbone), in place of the active one; they decode together. A text may be empty: the end
+        may come first. Raises InputError for options out of range, prompts that are empty or too long, and ids the backbone
+        does not have; FloatingPointError where logits are NaN or all -inf, so that there is nothing to draw from.
         """
         stop = (stop,) if isinstance(stop, str) else tuple(stop)
         for name, value, fine in (
@@ -151,7 +150,7 @@ class LanguageModel:
     ) -> list[list[int]]:  # fmt: skip
         """The tokens of each continuation, with end of text if that ended it."""
         ids, most = self._prompt_ids(prompts), self.backbone.config.max_positions + 1
-        extra = [min(max_new_tokens, most - len(row)) for row in ids]  # memory is for what may come, not for what is asked for
+        extra = [min(max_new_tokens, most - len(row)) for row in ids]  # what can still fit may be less than was asked for
         max_new_tokens = max(extra, default=0)
         chunks = self._chunks(ids, extra, worlds, adapters, ROWS[self.device.type == "cpu"])
         if max_new_tokens == 0:

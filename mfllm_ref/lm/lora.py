@@ -56,7 +56,8 @@ class Adapter:
 
 
 class Adapters:
-    """The adapters of one backbone (which is frozen by this): any number by name, at most one of them active."""
+    """The adapters of one backbone (which is frozen by this): any number by name; one is active, or several on rows of their
+    own (`mix`)."""
 
     def __init__(self, backbone: Backbone) -> None:
         self.backbone = backbone.requires_grad_(False)

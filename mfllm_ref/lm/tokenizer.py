@@ -94,8 +94,8 @@ class Tokenizer:
         return self.model.decode([list(ids) for ids in batch])
 
     def may_end(self, stop: tuple[str, ...], most: int) -> np.ndarray:
-        """bool [ids + 1], ids below `most` alone: behind which a text that lacked all `stop` strings may hold one. The last place
-        is for ids beyond the vocabulary, which have no text."""
+        """bool [ids + 1]: whether appending each id (those below `most`) may complete one of the `stop` strings. The last entry
+        stands for ids beyond the vocabulary, which have no text."""
         if (stop, most) not in self._ending:
             size = min(self.vocab_size, most)  # a damaged file's ids may be of any size
             ending = np.zeros(size + 1, dtype=bool)

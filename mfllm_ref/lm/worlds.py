@@ -17,8 +17,8 @@ from torch import Tensor
 from kernels.agent_attention import Plan, agent_attention
 from mfllm_ref.lm.backbone import Attend, Backbone, causal_attention
 
-PACKED = (4096, 2048)  # tokens in one forward pass over packed rows: on a GPU; on a CPU, where what more make leaves the cache
-GRAINS, LONG = (16, 64), 1024  # rows of a CPU's bfloat16 products come in multiples of the first, above so many of the second
+PACKED = (4096, 2048)  # tokens in one forward pass over packed rows: on a GPU, on a CPU (where activations of more leave the cache)
+GRAINS, LONG = (16, 64), 1024  # a CPU's bfloat16 products have rows in multiples of the first; of the second if over LONG
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class SharedAttention:
 
 
 def grain(count: int, weight: Tensor) -> int:
-    """What about `count` rows or keys are rounded up to a multiple of. On a CPU oneDNN compiles code for every shape of a bfloat16
+    """The multiple that about `count` rows or keys are rounded up to. On a CPU oneDNN compiles code for every shape of a bfloat16
     product that it has not seen (half a millisecond and over half a megabyte each), and rollouts have ever new lengths; elsewhere
     nothing is rounded (1)."""
     if weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
@@ -105,7 +105,7 @@ def grain(count: int, weight: Tensor) -> int:
 
 
 def rounded(count: int, weight: Tensor) -> int:
-    """`count`, and what is missing to a multiple of its `grain`."""
+    """`count` rounded up to a multiple of its `grain`."""
     multiple = grain(count, weight)
     return -(-count // multiple) * multiple
 

@@ -9,7 +9,8 @@
                       was drawn anew, so that the policy is marginalised over the prior of m
 
 The two that do not know J and h act on their expectation over what they believe of them. A mean field of label shares, and a
-policy that reads it, can come about as far as "topic and shares"; beyond, it would have to tell how the population came to where it is.
+policy that reads it, can come about as far as "topic and shares"; beyond, it would have to tell how the population came to
+where it is.
 
 The mean field matters where m-blind is far above the floor; it can be read where the reader is near it.
 """
@@ -89,7 +90,8 @@ def _drawn(p: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 @lru_cache(maxsize=1)
 def simulated() -> tuple[np.ndarray, np.ndarray]:
-    """The first SIMULATED worlds of `beliefs` without shocks: m and the shares heard, each [steps, worlds, 3], at every step's start."""
+    """The first SIMULATED worlds of `beliefs` without shocks: m and the shares heard, each [steps, worlds, 3], at every step's
+    start."""
     coupling, base, opinion, _ = (x[:SIMULATED] for x in beliefs())
     utility, rng = np.stack([agora.world("train", i).utility for i in range(UTILITIES)]), agora.generator("agora", "simulated")
     whose, keep = rng.integers(UTILITIES, size=SIMULATED), agora.memory(agora.CONSTANTS["half_life"]["world"][0], UPDATE)
@@ -107,7 +109,7 @@ def simulated() -> tuple[np.ndarray, np.ndarray]:
 
 def hearer(event: Event, seed: int) -> list[Action]:
     """The process by agents who hear, at each step, the shares of the stances so far, and act on their expectation over the
-    simulated worlds that agree with the topic and come nearest to what they hear, by then."""
+    simulated worlds that agree with the topic and are nearest, at that step, to the shares heard."""
     here, rng = agora.world_of(event), agora.generator(event.id, "hearer", seed)
     coupling, base, _, said = (x[:SIMULATED] for x in beliefs())
     agree = np.flatnonzero((said == here.hint).all(axis=1))

@@ -91,8 +91,8 @@ class Past:
         signal of `kind` that tells of just that population. Its people may be those of `others` too.
 
         Real populations differ too little from each other, for the same topic, to teach a small model within minutes that
-        the signal is worth reading. And a small data set's own posts can be learned by heart, with their signals; posts borrowed from
-        other events cannot.
+        the signal is worth reading. And a small data set's own posts can be learned by heart, with their signals; posts
+        borrowed from other events cannot.
         """
         event, pasts = self.event, (self, *others)
         everyone = [seen for past in pasts for seen in past.seen]
@@ -138,8 +138,8 @@ class Past:
         return Document(self._newest(step), branches, self.event.id)
 
     def counted(self, step: int, count: int, rng: np.random.Generator) -> Document:
-        """`count` first summaries, of populations of which only a few have acted: from one to half a step of real actions in a
-        row, the fewer the likelier. Of one post a summary tells the labels, which are hard to make out in the shares of ten."""
+        """`count` first summaries, of populations of which only a few have acted: one to half a step of consecutive real
+        actions each, fewer more often. The summary of a single post names its labels, which ten posts' shares hardly show."""
         language, branches = self.event.language, []
         for _ in range(count):
             few = 1 + int(self.batch / 2 * rng.random() ** 2)
@@ -180,7 +180,7 @@ class Mixture:
     summaries: float = 0.25
     prior: float = 0.1  # of the summaries
     signals: tuple[float, ...] = (0.12, 0.16, 0.16, 0.56)  # of the policy documents, in the order of KINDS
-    shuffled: float = 0.0  # of the policy documents: the signal is another event's
+    shuffled: float = 0.0  # of the policy documents that are not reweighted: the signal is another event's
     reweighted: float = 0.4  # of the policy documents with a signal: see Past.reweighted
     guests: float = 0.0  # of the reweighted: people of GUESTS other events are drawn from too
     width: int = 32  # actions a policy document, as far as they fit in its row
@@ -218,7 +218,7 @@ class Corpus:
         step = int(rng.integers(past.steps))
         kind = KINDS[int(rng.choice(len(KINDS), p=mixture.signals))]
         if kind != "none" and rng.random() < mixture.reweighted:
-            visited = mixture.guests and rng.random() < mixture.guests  # no draw where there are none: the committed recipe's
+            visited = mixture.guests and rng.random() < mixture.guests  # without guests nothing is drawn
             others = [self.past(i) for i in rng.integers(self.count, size=GUESTS).tolist()] if visited else []
             return kind, past.reweighted(kind, mixture.width, rng, others)
         other = self.past(int(rng.integers(self.count))) if rng.random() < mixture.shuffled else None

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 # Characters that enter a prompt, by what the text is. A post of 100,000 characters is legal and must not fill the context.
 TOPIC_CHARS, POST_CHARS, PROFILE_CHARS, ACTION_CHARS = 160, 140, 100, 140
 # A summary's tokens are drawn from the likeliest that have this probability together; an action's are drawn from all there are.
-# What is wrong in a summary, all later steps believe: of what the tiny backbone wrote from all tokens, one in a hundred lacked a
-# dimension, and a world whose agents were not told of it for one step never came back (0.06 nats of KL, in every fifth world).
+# All later steps believe what is wrong in a summary, so unlikely tokens are left out (README, Results, has the numbers).
 SUMMARY_TOP_P = 0.9
-MANY = 200  # the largest number of posts that a prompt states ("200+" above it, where every newest step weighs the same)
+MANY = 200  # from so many posts on a prompt states only "200+": by then each new step weighs about the same
 
 
 @dataclass(frozen=True, slots=True)

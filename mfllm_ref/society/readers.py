@@ -2,7 +2,7 @@
 
 Notable: the format is detected from what is there, not from an option. A folder with original-microblog/ is CED Weibo,
 one with source-tweet/ below it RumourEval-2017; a file that begins with `[` is a "rumdect" Weibo event, any other JSON
-Lines, our own format and the only one that is written. Whatever is wrong with the data is an InputError naming file,
+Lines, our own format. Whatever is wrong with the data is an InputError naming file,
 line or event, and cause. Texts and profiles are kept whole: cutting is the business of whoever fills a prompt.
 
 Popularity holds only what was known when an action was posted: its author's followers, never a crawl-time count.

@@ -2,8 +2,8 @@
 
 One step, for every world at once: read the signal m_t, let the step's agents act given it (the first W actions of an event
 are the real ones), annotate what they wrote, and update the population: the history that the simple signals are read from,
-and, for methods with a mean-field model, m_{t+1} ~ mu(. | c, m_t, s_t, a_t). Generations of all worlds that use the same
-adapters are one batch. Nothing of a real action after the warm-up is read, but who acts next (profile and reach).
+and, for methods with a mean-field model, m_{t+1} ~ mu(. | c, m_t, s_t, a_t). The generations of all worlds, whatever
+their adapters, are one batch. Nothing of a real action after the warm-up is read, but who acts next (profile and reach).
 
 Beside each simulated world a twin can run whose past stays real: it scores the real actions under the method (teacher
 forcing). Twins share the simulated worlds' batches, which makes them cheap: a mean field takes as many decoding steps for
@@ -25,7 +25,7 @@ from mfllm_ref.society import prompts
 from mfllm_ref.society.events import HALF_LIFE, Event, action_ids, hashed
 from mfllm_ref.society.signals import History, Seen
 
-TOO_LONG = "a prompt is longer than the backbone's positions: the oldest of what it tells is left out"
+TOO_LONG = "a prompt is longer than the backbone's positions: part of what it tells of the population is left out"
 SPARE = 8  # tokens that a tokenizer may put in front of a text
 
 Annotator = Callable[[Sequence[str], str], list[dict[str, str]]]
@@ -181,8 +181,8 @@ def fitting(
     lm: LanguageModel, state: State, settings: Settings, rooms: Sequence[int], build: Callable[[int], list[str]]
 ) -> list[str | tuple[int, ...]]:  # fmt: skip
     """The prompts of build(0). One that leaves fewer than its `rooms` of the backbone's positions free is replaced by that of
-    build(1), build(2), ..., which tell ever less of the oldest, until it fits. Raises InputError naming the event where not even
-    the shortest does."""
+    build(1), build(2), ..., which tell less and less of the population, until it fits. Raises InputError naming the event where
+    not even the shortest does."""
     limit, texts = lm.backbone.config.max_positions, build(0)
     out = [_prompt(lm, text, settings) for text in texts]
     for i, room in enumerate(rooms):
@@ -192,8 +192,8 @@ def fitting(
             shorter = build(dropped)[i]
             if shorter == texts[i]:
                 raise InputError(
-                    f"event {show(state.world.event.id)}, method {state.world.method.name}: a prompt that tells no more than it "
-                    f"must does not fit into the backbone's {limit} positions with {room} tokens to follow"
+                    f"event {show(state.world.event.id)}, method {state.world.method.name}: even the shortest prompt "
+                    f"does not fit into the backbone's {limit} positions with {room} tokens to follow"
                 )
             warnings.warn(TOO_LONG, Notice, stacklevel=2)
             texts[i], out[i] = shorter, _prompt(lm, shorter, settings)
@@ -254,7 +254,7 @@ def _update_mean_fields(
             asked[k] = prompt, seed, state.world.method.mean_field
     if not asked:
         return
-    # Equal questions are asked once: pasts are equal through the warm-up, and those of many twins for ever.
+    # Equal questions are asked once: pasts are equal through the warm-up, and those of many twins to the end.
     texts, seeds, adapters = zip(*(once := dict.fromkeys(asked.values())), strict=True)
     options = {"seeds": seeds, "stop": ("\n",), "worlds": range(len(once)), "adapters": adapters, "top_p": settings.summary_top_p}
     written = dict(zip(once, lm.generate(texts, settings.summary_tokens, **options), strict=True))
@@ -264,7 +264,7 @@ def _update_mean_fields(
 
 def _score(lm: LanguageModel, twins: Sequence[State], step: int, settings: Settings) -> list[tuple[float, int]]:
     """Of each twin's real actions of `step` after the warm-up: minus their log-likelihood in nats, and their tokens, end
-    of text included ."""
+    of text included."""
     out = [(0.0, 0)] * len(twins)
     for name in dict.fromkeys(twin.world.method.policy for twin in twins if twin.indices(step)[-1] >= settings.warmup):
         texts, spoken = list[str | tuple[int, ...]](), list[str]()

@@ -174,7 +174,7 @@ class History:
     def signal(self, kind: str, language: str, mean_field: str = "") -> Signal | None:
         """What the next step's agents are told under a method's `kind` of signal; None where there is nothing to tell.
 
-        An empty mean field of a population that has acted, a summary without a word, tells nothing: a warning, once.
+        An empty mean field of a population that has acted, a summary without a word, tells nothing; that is warned of once.
         """
         if kind == "mean-field":
             if self.newest and not mean_field:

@@ -245,7 +245,7 @@ def test_a_prompt_that_is_too_long_tells_less_of_the_oldest(random_lm, event, mo
     full = shown.copy()
     shown.clear()
     _few_positions(random_lm, monkeypatch, limit)
-    with pytest.warns(UserWarning, match="the oldest of what it tells is left out"):
+    with pytest.warns(UserWarning, match="part of what it tells of the population is left out"):
         again = run(random_lm, some)[0]
     lengths = [len(random_lm.tokenizer.encode(text)) + tokens for text, tokens in full]
     assert max(lengths) > limit > min(lengths) and len(again) == len(plain)
