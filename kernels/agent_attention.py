@@ -32,6 +32,7 @@ from kernels.dispatch import runs_triton
 
 CELLS = 2**19  # scores that `_grouped` holds at once (they should fit in cache), unless a single agent has more
 WARM = 2**21  # numbers of queries that `_flash` takes at once, so that its intermediate results stay in cache
+SAMPLED = 16  # keys of a prefix of which the highest score is what bfloat16's are relative to
 FEW = 16  # query rows per agent and key head up to which `_onward` is faster than the flash kernel
 
 
@@ -86,9 +87,9 @@ def agent_attention(
     padding and return 0. With window w, key j is visible to position i iff i - w < j <= i, over prefix and suffix
     together. Unused slots may hold NaN. Differentiable where an input requires grad. Keys and values of another dtype than q's
     are converted. Triton's products are of q's dtype, summed in float32. PyTorch computes float16 in float32. In
-    bfloat16 it rounds scores (relative to the score of one key that the row sees, so that a common offset costs no precision)
-    before a softmax in float32: the relative error, of norms, is 0.5% where scores spread by one nat and about 1% where they
-    spread by 3 to 10. Under autocast it computes in autocast's dtype, but for float64.
+    bfloat16 it rounds scores (relative to the highest of a few keys that the row sees, so that a common offset costs no
+    precision) before a softmax in float32: the relative error, of norms, is 0.4% where scores spread by one nat and up to 0.8%
+    where they spread by 10. Under autocast it computes in autocast's dtype, but for float64.
 
     plan: what `Plan` makes of the same lengths and window, where many calls share them. Its lengths count then: of those given
     here only the shapes are checked. Raises ValueError for lengths, shapes and devices that do not fit together, and for a
@@ -112,12 +113,16 @@ def agent_attention(
         from kernels.agent_attention_triton import fused_attention
 
         return fused_attention(*inputs, plan)[0]
-    compute = q.dtype if q.dtype == torch.bfloat16 else torch.promote_types(q.dtype, torch.float32)
     if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
         # In autocast's dtype, as PyTorch's own attention; off within, as `_grouped` chooses dtypes itself.
         with torch.autocast(q.device.type, enabled=False):
-            return _pytorch(plan, inputs, torch.get_autocast_dtype(q.device.type), differentiable)
-    return _pytorch(plan, inputs, compute, differentiable)
+            return _pytorch(plan, inputs, _compute(torch.get_autocast_dtype(q.device.type)), differentiable)
+    return _pytorch(plan, inputs, _compute(q.dtype), differentiable)
+
+
+def _compute(dtype: torch.dtype) -> torch.dtype:
+    """What PyTorch's path computes in: a CPU multiplies float16 no faster than float32."""
+    return dtype if dtype == torch.bfloat16 else torch.promote_types(dtype, torch.float32)
 
 
 def _pytorch(plan: Plan, inputs: tuple[Tensor, ...], compute: torch.dtype, differentiable: bool) -> Tensor:
@@ -141,16 +146,16 @@ def _check(inputs: tuple[Tensor, ...], prefix_len: Tensor, suffix_len: Tensor, w
     prefix_v, suffix_k, suffix_v."""
     q, prefix_k, prefix_v, suffix_k, suffix_v = inputs
     rows, shared, own = q.shape, prefix_k.shape, suffix_k.shape
-    if not (
-        len(rows) == len(shared) == len(own) == 4 and prefix_v.shape == shared and suffix_v.shape == own
-        and own[0] == rows[0] and shared[1] == own[1] > 0 == rows[1] % own[1] and rows[3] == shared[3] == own[3]
-        and prefix_len.shape == shared[:1] and suffix_len.shape == world.shape == own[:1]
-    ):  # fmt: skip
-        found = ", ".join(str(tuple(x.shape)) for x in (*inputs, prefix_len, suffix_len, world))
+    fits = len(rows) == len(shared) == len(own) == 4 and prefix_v.shape == shared and suffix_v.shape == own
+    fits = fits and own[0] == rows[0] and rows[3] == shared[3] == own[3] > 0
+    fits = fits and shared[1] == own[1] > 0 and rows[1] > 0 and rows[1] % own[1] == 0
+    if not (fits and prefix_len.shape == shared[:1] and suffix_len.shape == world.shape == own[:1]):
+        names = ("q", "prefix_k", "prefix_v", "suffix_k", "suffix_v", "prefix_len", "suffix_len", "world")
+        found = ", ".join(f"{name} {tuple(x.shape)}" for name, x in zip(names, (*inputs, prefix_len, suffix_len, world), strict=True))
         raise ValueError(
             f"shapes {found} must be q [agents, heads, q_len, head_dim], prefix_k and prefix_v [worlds, kv_heads, prefix_max, "
-            "head_dim], prefix_len [worlds], suffix_k and suffix_v [agents, kv_heads, suffix_max, head_dim], suffix_len and "
-            "world [agents], with heads a multiple of kv_heads"
+            "head_dim], suffix_k and suffix_v [agents, kv_heads, suffix_max, head_dim], prefix_len [worlds], suffix_len and "
+            "world [agents], with heads a multiple of kv_heads and none of heads, kv_heads and head_dim 0"
         )
     together = q.device == prefix_k.device == prefix_v.device == suffix_k.device == suffix_v.device
     if not together or not all(map(torch.is_floating_point, inputs)):
@@ -173,19 +178,16 @@ def _grouped(plan: Plan, q: Tensor, prefix_k: Tensor, prefix_v: Tensor, suffix_k
         some, worlds, prefix = piece.agents, piece.worlds, piece.prefix
         mine, less, level = rows[some], None, None
         ours, known = _by_world(mine, piece), prefix_k[worlds, :, :prefix]
-        if q.dtype == torch.bfloat16:  # relative to a key that the row sees: of its prefix, or its own, which is slower
-            if plan.sees_prefixes:
-                last = int(plan.prefix[worlds].min())
-                level = (ours @ known[:, :, last - 1 : last].mT).detach()
-                less = _by_agent(level, piece)
-            else:
-                at = plan.own_key[some, None, :, None].expand(-1, suffix_k.shape[1], -1, head_dim)
-                key = suffix_k[some].gather(2, at)[:, :, None]
-                less = (mine.view(*mine.shape[:2], -1, q_len, head_dim) * key).sum(-1).flatten(2)[..., None].detach()
-                level = _by_world(less, piece)
-        own = _scores(mine, suffix_k[some], less)
-        if plan.suffix_mask is not None:
-            own.view(*own.shape[:2], -1, q_len, own.shape[3]).add_(plan.suffix_mask[some])
+        if q.dtype == torch.bfloat16:  # relative to the highest score of some keys that the row sees
+            with torch.no_grad():
+                if plan.sees_prefixes:
+                    shortest = int(plan.prefix[worlds].min())
+                    level = (known[:, :, : shortest : -(-shortest // SAMPLED)] @ ours.mT).amax(dim=2)[..., None]
+                    less = _by_agent(level, piece)
+                else:  # of its own, which is slower
+                    less = _masked(mine @ suffix_k[some].mT, plan, some).amax(dim=-1, keepdim=True)
+                    level = _by_world(less, piece)
+        own = _masked(_scores(mine, suffix_k[some], less), plan, some)
         if not prefix:
             done.append(own.softmax(dim=-1, dtype=wide).to(own.dtype) @ suffix_v[some])
             continue
@@ -197,6 +199,13 @@ def _grouped(plan: Plan, q: Tensor, prefix_k: Tensor, prefix_v: Tensor, suffix_k
         own = _by_agent(shares[..., prefix:], piece) @ suffix_v[some]
         done.append(_by_agent(shared, piece) + own)
     return _shaped(done[0] if len(done) == 1 else torch.cat(done), q, plan)
+
+
+def _masked(own: Tensor, plan: Plan, some: slice) -> Tensor:
+    """Scores on some agents' own keys, -inf where they are not seen."""
+    if plan.suffix_mask is not None:
+        own.view(*own.shape[:2], -1, plan.shape[2], own.shape[3]).add_(plan.suffix_mask[some])
+    return own
 
 
 def _scores(q: Tensor, k: Tensor, less: Tensor | None) -> Tensor:
@@ -226,7 +235,7 @@ def _flash(plan: Plan, q: Tensor, prefix_k: Tensor, prefix_v: Tensor, suffix_k: 
         mask = None
         if plan.suffix_mask is not None:  # [agents, 1, 1, q_len, suffix], for the group's heads one below the other
             mask = plan.suffix_mask[some].expand(-1, -1, rows.shape[2] // q_len, -1, -1).flatten(2, 3)
-        if rows.shape[2] <= FEW:
+        if rows.shape[2] <= FEW or plan.suffix_max == 1:  # of a single key the flash kernel makes 0 even of NaN
             _onward(shared, shared_sum, rows[some], suffix_k[some], suffix_v[some], mask, out[some])
         else:
             own, own_sum = attend(rows[some], suffix_k[some], suffix_v[some], attn_mask=mask)

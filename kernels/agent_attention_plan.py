@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+WORLDS = 1024  # looked at together, as looking at all that are left each time is quadratic
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -47,8 +49,9 @@ class Plan:
         for name, lengths, most in (("prefix_len", prefix, prefix_max), ("suffix_len", own, suffix_max)):
             if len(lengths) and not 0 <= lengths.min() <= lengths.max() <= most:
                 raise ValueError(f"{name} must lie between 0 and {most}, the slots there are")
-        if window is not None and (not isinstance(window, int | np.integer) or window < 1):
-            raise ValueError(f"window must be a whole number of at least 1, not {window}")
+        for name, given in (("window", window), ("grain", grain)):
+            if given is not None and (not isinstance(given, int | np.integer) or isinstance(given, bool) or given < 1):
+                raise ValueError(f"{name} must be a whole number of at least 1, not {given}")
         self.reach = int(prefix.max(initial=0) + own.max(initial=0))
         self.shape, self.device, self.suffix_max = (len(of), heads, q_len), torch.device(device), suffix_max
         self.window = self.hiding(window)
@@ -81,12 +84,7 @@ class Plan:
     @cached_property
     def padding(self) -> Tensor | None:
         row = self.row < 0
-        return torch.from_numpy(row).to(self.device)[:, None, :, None] if row.any() else None
-
-    @cached_property
-    def own_key(self) -> Tensor:
-        """int64 [agents, q_len]: the slot of each query row's own key; padding has the first."""
-        return torch.from_numpy(np.maximum(self.row, 0)).to(self.device)
+        return self._put(row[:, None, :, None]) if row.any() else None
 
     @cached_property
     def suffix_mask(self) -> Tensor | None:
@@ -107,7 +105,7 @@ class Plan:
     @cached_property
     def lengths(self) -> tuple[Tensor, ...]:
         """int32 [worlds], [agents], [agents]: prefix and suffix lengths, and every agent's world."""
-        return tuple(torch.from_numpy(x.astype(np.int32)).to(self.device) for x in (self.prefix, self.own, self.of))
+        return tuple(self._put(x.astype(np.int32)) for x in (self.prefix, self.own, self.of))
 
     def row_blocks(self, prefix: bool, rows: int, size: int) -> Tensor:
         """int32 [blocks, 4]: an owner of keys (of prefixes a world, else an agent), its first agent, its query rows, and the
@@ -128,13 +126,15 @@ class Plan:
         owner = np.repeat(np.arange(len(keys)), number)
         start = (np.arange(len(owner)) - np.repeat(np.cumsum(number) - number, number)) * size
         table = np.stack((owner, (np.cumsum(agents) - agents)[owner], total[owner], start), axis=1)
-        made = torch.from_numpy(table.astype(np.int32)).to(self.device)
-        return self._tables.setdefault((prefix, rows, size, along_keys), made)
+        return self._tables.setdefault((prefix, rows, size, along_keys), self._put(table.astype(np.int32)))
 
     def _mask(self, hidden: np.ndarray) -> Tensor | None:
         """What to add to scores, float32: -inf where hidden. None if nothing is."""
-        mask = np.where(hidden, np.float32(-np.inf), np.float32(0))
-        return torch.from_numpy(mask).to(self.device) if hidden.any() else None
+        return self._put(np.where(hidden, np.float32(-np.inf), np.float32(0))) if hidden.any() else None
+
+    def _put(self, array: np.ndarray) -> Tensor:
+        with torch.inference_mode(False):  # a later call may need gradients
+            return torch.from_numpy(array).to(self.device)
 
     def _piece(self, worlds: slice, agents: slice) -> Piece:
         alone = worlds.stop == worlds.start + 1  # perhaps a part of it
@@ -144,8 +144,8 @@ class Plan:
         slots = back = None
         agent = np.minimum((np.cumsum(sizes) - sizes)[:, None] + np.arange(width), sizes.sum() - 1).ravel()
         if (sizes != width).any():
-            back = torch.from_numpy(np.flatnonzero((np.arange(width) < sizes[:, None]).ravel())).to(self.device)
-            slots = torch.from_numpy(agent).to(self.device)
+            back = self._put(np.flatnonzero((np.arange(width) < sizes[:, None]).ravel()))
+            slots = self._put(agent)
         key = np.arange(longest)
         hidden = (key >= lengths[:, None])[:, None, None, None, None]
         if self.window is not None:
@@ -167,9 +167,10 @@ def _runs(counts: np.ndarray, prefix: np.ndarray, rows: int, suffix: int, cells:
                 yield slice(start, start + 1), slice(i, min(i + limit, end))
             start += 1
             continue
-        slots = np.arange(1, worlds - start + 1) * np.maximum.accumulate(counts[start:])
-        scores = slots * rows * (np.maximum.accumulate(prefix[start:]) + suffix)
-        fits = (scores <= cells) & (slots <= 2 * np.cumsum(counts[start:]))
+        next_counts, next_prefix = counts[start : start + WORLDS], prefix[start : start + WORLDS]
+        slots = np.arange(1, len(next_counts) + 1) * np.maximum.accumulate(next_counts)
+        scores = slots * rows * (np.maximum.accumulate(next_prefix) + suffix)
+        fits = (scores <= cells) & (slots <= 2 * np.cumsum(next_counts))
         stop = start + max(1, int(np.argmin(np.append(fits, False))))
         if counts[start:stop].any():
             yield slice(start, stop), slice(first, int(ends[stop - 1]))

@@ -67,7 +67,7 @@ def queued(call: Call) -> float:
 
 def medians(calls: dict[str, Call], device: str, budget: float) -> dict[str, float]:
     """Seconds of each call, the median of rounds in which each is made twice and the second one timed: in a model, too, one layer
-    follows the other, with threads awake and its own numbers in cache. At least 3, at most 50 rounds."""
+    follows the other, with threads awake and, on a CPU, its own numbers in cache. At least 3, at most 50 rounds."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     start, rounds = time.perf_counter(), 0
     while rounds < 3 or (rounds < 50 and time.perf_counter() - start < budget):
@@ -160,6 +160,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         for _ in _measured(run, (options.kernel,) if options.kernel else ("agent_attention", "ib_loss")):
             _save(run, options.json)
+            sys.stdout.flush()  # what cannot be written is said here, not when Python ends
     except KeyboardInterrupt:
         _save(run, options.json)
         print("interrupted", file=sys.stderr)

@@ -68,10 +68,10 @@ def ib_loss(hidden: Tensor, prior_hidden: Tensor, weight: Tensor, targets: Tenso
     do not fit together and targets outside the vocabulary.
     """
     shape, inputs = hidden.shape, (hidden, prior_hidden, weight)
-    if len(shape) != 2 or prior_hidden.shape != shape or weight.shape[1:] != shape[1:] or targets.shape != shape[:1]:
+    if len(shape) != 2 or not prior_hidden.shape == shape or weight.shape[1:] != shape[1:] or targets.shape != shape[:1] or not shape[1]:
         raise ValueError(
             f"hidden {tuple(hidden.shape)}, prior_hidden {tuple(prior_hidden.shape)}, weight {tuple(weight.shape)} and "
-            f"targets {tuple(targets.shape)} must be [tokens, dim], [tokens, dim], [vocab, dim] and [tokens]"
+            f"targets {tuple(targets.shape)} must be [tokens, dim], [tokens, dim], [vocab, dim] and [tokens], with dim over 0"
         )
     integer = targets.dtype in (torch.int32, torch.int64)
     if not integer or not all(map(torch.is_floating_point, inputs)) or len({x.device for x in (*inputs, targets)}) > 1:
@@ -112,7 +112,7 @@ class _Streamed(torch.autograd.Function):
         ctx.keep, ctx.shape, ctx.dtype = keep, hidden.shape, hidden.dtype
         if differentiable:
             ctx.save_for_backward(targets, *(gradients if keep else (hidden, prior_hidden, weight, stats)))
-        log_prob, prior_log_prob, kl = terms.unbind()
+        log_prob, prior_log_prob, kl = map(torch.clone, terms)  # no views of one tensor: a caller may change them in place
         ctx.mark_non_differentiable(prior_log_prob)
         return log_prob, prior_log_prob, kl
 
@@ -164,7 +164,8 @@ def _stream(pair: Tensor, weight: Tensor, targets: Tensor, averages: Tensor) -> 
     of z and y, log-sum-exps above them, and the KL, [5, tokens]. averages: zeros [2, tokens, dim], to which the gradients of
     log_prob and kl are written, or [0, tokens, dim] where they are not wanted."""
     _, tokens, dim = pair.shape
-    top = sums = chosen = excess = pair.new_zeros(2, tokens)  # running maximum a, b; sums of e^(z-a), e^(y-b); z, y
+    top, sums, chosen = (pair.new_zeros(2, tokens) for _ in range(3))  # running maximum a, b; sums of e^(z-a), e^(y-b); z, y
+    excess = pair.new_zeros(tokens)  # sum of e^(z-a) (z-a - (y-b))
     rows, work = torch.arange(tokens, device=pair.device), pair.new_empty(0)
     for start, head, both in _logits(pair, weight):
         size = len(head)
@@ -173,7 +174,7 @@ def _stream(pair: Tensor, weight: Tensor, targets: Tensor, averages: Tensor) -> 
         chosen = torch.where(here, both[:, rows, at], chosen)
         new = both.amax(dim=-1)
         if start == 0:
-            top, excess, work = new, excess[0], torch.empty_like(both[0])
+            top, work = new, torch.empty_like(both[0])
         elif (new > top + SLACK).any():
             new = torch.maximum(new, top)
             decay, shift = (top - new).exp(), (top[0] - new[0]) - (top[1] - new[1])

@@ -12,7 +12,8 @@ Tiles are read through tensor descriptors, which Hopper's copy engine (TMA) serv
 or masks, and what lies outside of a tensor reads as 0.
 
 Cost: five matrix products of 2 n v d FLOPs (two forward, three backward), where materialised logits take three. Bytes:
-the head is read twice, and (n / BLOCK_T) times from the second-level cache; the buffer is written and read once.
+the head is read twice, and (n / BLOCK_T) times from the second-level cache; the buffer is written and read once, and the
+gradient, in float32, once a piece.
 """
 
 from typing import Any, NamedTuple
@@ -204,7 +205,7 @@ class Fused(torch.autograd.Function):
         kl = (share.exp() * (kls + share - prior_share)).sum(dim=0)
         if differentiable:
             ctx.save_for_backward(hidden, prior, weight, targets, torch.cat((top, log_sums, kl[None])))
-        log_prob, prior_log_prob = chosen - top - log_sums
+        log_prob, prior_log_prob = map(torch.clone, chosen - top - log_sums)  # no views: a caller may change them in place
         ctx.mark_non_differentiable(prior_log_prob)
         return log_prob, prior_log_prob, kl
 

@@ -79,3 +79,28 @@ def test_float64_stays_float64_under_autocast():
     given = case(dtype=torch.float64)
     with torch.autocast("cpu", BF16):
         assert error(given) < 1e-12
+
+
+@pytest.mark.parametrize("q_len", [1, 4])
+@pytest.mark.parametrize("window", [None, 70])
+@pytest.mark.parametrize("place", ["prefix", "own"])
+@pytest.mark.parametrize("nats", [-300.0, -20.0, 20.0])
+def test_no_single_key_decides_how_exact_the_others_are(nats, place, window, q_len):
+    """One key far below or above all others: the last of a prefix, or an agent's last but four."""
+    g = torch.Generator().manual_seed(0)
+    q = torch.randn(4, 2, q_len, 64, generator=g)
+    prefix, own = torch.randn(2, 1, 2, 60, 64, generator=g), torch.randn(2, 4, 2, 20, 64, generator=g)
+    q[..., 0], prefix[0, ..., 0], own[0, ..., 0] = 8.0, 0.0, 0.0  # a score is the first number, in nats, and what is random
+    (prefix if place == "prefix" else own)[0, :, :, -1 if place == "prefix" else -5, 0] = nats
+    q, prefix, own = (x.to(BF16) for x in (q, prefix, own))
+    lengths = torch.tensor([60]), torch.full((4,), 20), torch.zeros(4, dtype=torch.int64)
+    assert error([q, *prefix, lengths[0], *own, *lengths[1:]], window) < 0.006
+
+
+def test_float16_is_computed_in_float32_under_autocast_too():
+    given = case(5, dtype=torch.float16)
+    given[0][..., 0] = 8.0
+    for keys in (given[1], given[4]):
+        keys[..., 0] = 212.0  # 300 nats that all scores of a row share
+    with torch.autocast("cpu", torch.float16):
+        assert error(given) < 0.001

@@ -277,3 +277,17 @@ def test_nothing_but_ignored_targets_is_legal(path, function, vocab):
     terms, gradient = run(function, case, torch.ones(2, 3), path)
     assert terms.shape == (3, 3) and gradient.shape == (3, 4)
     assert (terms == 0).all() and (gradient == 0).all()
+
+
+@pytest.mark.parametrize("term", ["log_prob", "prior_log_prob", "kl"])
+def test_a_term_may_be_changed_in_place(term):
+    """No term is a view of the others', with gradients or without."""
+    g = torch.Generator().manual_seed(0)
+    hidden, prior, weight = torch.randn(5, 8, generator=g), torch.randn(5, 8, generator=g), torch.randn(20, 8, generator=g)
+    terms = ib_loss(hidden.requires_grad_(), prior, weight, torch.arange(5))
+    others = [x.clone() for x in terms]
+    getattr(terms, term).mul_(2)
+    for name, x, before in zip(terms._fields, terms, others, strict=True):
+        assert torch.equal(x, 2 * before if name == term else before)
+    (terms.log_prob + terms.kl).sum().backward()
+    assert hidden.grad.isfinite().all()
