@@ -63,7 +63,7 @@ class ChatTemplate:
         for message in messages:
             word, core = f"content{secrets.token_hex(16)}x", message["content"].strip()
             contents[word] = core
-            stand_ins.append({**message, "content": message["content"].replace(core, word, 1) if core else core})
+            stand_ins.append({**message, "content": message["content"].replace(core, word, 1) if core else message["content"]})
         text = self._run({"tools": None, "documents": None, **variables, "messages": stand_ins})
         parts = re.split(f"({'|'.join(contents)})", text) if contents else [text]
         whole = contents.keys() <= set(parts[1::2])

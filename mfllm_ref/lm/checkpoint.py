@@ -42,6 +42,10 @@ def load_backbone(path: str | Path, device: str | torch.device = "cpu", dtype: t
     folder = Path(path)
     if dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
         raise InputError(f"dtype {dtype}: a backbone computes in torch.float64, float32, float16 or bfloat16")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # no such kind of device, or PyTorch was built without it
+        raise InputError(f"device {str(device)!r}: {str(error).splitlines()[0]}") from None
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder")
     config = Config.from_json(read_object(folder / CONFIG, required=True), str(folder / CONFIG))
@@ -222,6 +226,7 @@ def save_folder(folder: Path, config: tuple[str, dict[str, Any]], weights: tuple
             for file in temporary.values():
                 with open(file, "rb") as handle:
                     os.fsync(handle.fileno())
+            (folder / config[0]).unlink(missing_ok=True)  # an interruption must not leave an old one that misreads new weights
             for name, file in temporary.items():
                 os.replace(file, folder / name)
         finally:

@@ -164,7 +164,10 @@ class _Reader:
         if model_type == "llama":
             return (None,) * layers
         if model_type == "mistral":
-            return (None if config.get("sliding_window", 4096) is None else self.size("sliding_window", 4096),) * layers
+            window = None if config.get("sliding_window", 4096) is None else self.size("sliding_window", 4096)
+            if config.get("layer_types") not in (None, [LAYER_TYPES[window is not None]] * layers):
+                raise InputError(f"{self.where}: layer_types of a mistral that are not all alike are not supported")
+            return (window,) * layers
         sliding = self.flag("use_sliding_window") and config.get("sliding_window", 4096) is not None
         types, first = config.get("layer_types"), config.get("max_window_layers", 28)
         if types is None:

@@ -3,7 +3,7 @@
 Notable:
 - Prompts of one world begin alike (topic, posts, signal). Their longest common token prefix is run through the backbone
   once, and every agent of the world attends to it (kernels.agent_attention). Each prompt keeps its last token outside.
-- Decoding runs all agents of all worlds in one batch, one token a step. Rows of finished agents are dropped as soon as they are
+- Decoding runs agents of many worlds in one batch, one token a step. Rows of finished agents are dropped as soon as they are
   over an eighth of the batch, or half of it on a GPU, where steps are replayed as a CUDA graph (`graphs`).
 - Work is cut into chunks that bound memory. The cut depends on lengths and options only, never on the machine or on how
   many processes share the chunks (`ranks`).
@@ -117,14 +117,12 @@ class LanguageModel:
         """
         stop = (stop,) if isinstance(stop, str) else tuple(stop)
         for name, value, fine in (
-            ("max_new_tokens", max_new_tokens, max_new_tokens >= 0), ("temperature", temperature, temperature >= 0),
-            ("top_k", top_k, top_k >= 0), ("top_p", top_p, 0 < top_p <= 1), ("stop", stop, "" not in stop),
+            ("temperature", temperature, temperature >= 0), ("top_k", top_k, top_k >= 0), ("top_p", top_p, 0 < top_p <= 1),
+            ("stop", stop, all(isinstance(s, str) and s for s in stop)),
             ("repetition_penalty", repetition_penalty, repetition_penalty > 0),
         ):  # fmt: skip
             if not fine:
                 raise InputError(f"{name} cannot be {value!r}")
-        if seeds is not None and len(seeds) != len(prompts):
-            raise InputError(f"{len(seeds)} seeds for {len(prompts)} prompts")
         options = (max_new_tokens, float(temperature), int(top_k), float(top_p), float(repetition_penalty), stop)
         written = self._generate_ids(prompts, seeds, worlds, adapters, False, *options)
         return [text[: min((text.find(s) for s in stop if s in text), default=None)] for text in self.texts(written)]
@@ -150,11 +148,15 @@ class LanguageModel:
     ) -> list[list[int]]:  # fmt: skip
         """The tokens of each continuation, with end of text if that ended it."""
         ids, most = self._prompt_ids(prompts), self.backbone.config.max_positions + 1
+        if max_new_tokens < 0:
+            raise InputError(f"max_new_tokens cannot be {max_new_tokens}")
+        if seeds is not None and len(seeds) != len(ids):
+            raise InputError(f"{len(seeds)} seeds for {len(ids)} prompts")
         extra = [min(max_new_tokens, most - len(row)) for row in ids]  # what can still fit may be less than was asked for
         max_new_tokens = max(extra, default=0)
         chunks = self._chunks(ids, extra, worlds, adapters, ROWS[self.device.type == "cpu"])
         if max_new_tokens == 0:
-            return [[] for _ in prompts]
+            return [[] for _ in ids]
         hashed = hash_seeds(range(len(ids)) if seeds is None else seeds)
         # In bfloat16 a merged update costs no accuracy to speak of (1e-4 nats a token from float32, with an adapter or
         # without), but gradients ask for samples of the very model.
@@ -166,7 +168,7 @@ class LanguageModel:
         with self.adapter(self.adapters.active):
             done = ranks.compute(decode, chunks, [cost(chunk, ids, extra) for chunk in chunks])
         written = dict(pair for chunk, some in zip(chunks, done) for pair in zip(members(chunk), some, strict=True))
-        return [written[agent] for agent in range(len(prompts))]
+        return [written[agent] for agent in range(len(ids))]
 
     def log_prob(
         self, prompts: Sequence[Prompt], continuations: Sequence[Prompt], worlds: Sequence[Hashable] | None = None,
@@ -182,9 +184,9 @@ class LanguageModel:
         if len(continuations) != len(prompts):
             raise InputError(f"{len(continuations)} continuations for {len(prompts)} prompts")
         end = [self.tokenizer.end_id] if end_of_text and self.tokenizer.end_id is not None else []
-        if end_of_text and not end:
-            raise InputError("the checkpoint names no end of text token")
-        targets = [ids + end for ids in self._encode(continuations)]
+        if end_of_text and not (end and end[0] < self.backbone.config.vocab_size):
+            raise InputError("the checkpoint names no end of text token, or one that the backbone does not have")
+        targets = [ids + end for ids in self._encode(continuations, what="continuation")]
         ids, extra = self._prompt_ids(prompts, targets), [len(target) for target in targets]
         shared = not torch.is_grad_enabled()  # gradients stay where they are made
         chunks = self._chunks(ids, extra, worlds, rows=ROWS[self.device.type == "cpu"] if shared else None)
@@ -215,7 +217,7 @@ class LanguageModel:
             raise InputError(f"{len(prompts)} prompts, {len(continuations)} continuations and {len(prior_prompts)} prior prompts")
         if self.adapters.adapts("lm_head"):
             raise InputError(f"adapter {self.adapters.active!r} adapts lm_head, which ib_terms needs frozen")
-        targets = self._encode(continuations)
+        targets = self._encode(continuations, what="continuation")
         flat = self._flat_hidden(prompts, targets, worlds)
         with self.adapter(None), torch.no_grad():
             prior = self._flat_hidden(prior_prompts, targets, [tuple(p) if not isinstance(p, str) else p for p in prior_prompts])
@@ -242,21 +244,23 @@ class LanguageModel:
 
     # ---- from text to worlds -----------------------------------------------------------------------------------------
 
-    def _encode(self, texts: Sequence[Prompt], bos: Sequence[int] = ()) -> list[list[int]]:
+    def _encode(self, texts: Sequence[Prompt], bos: Sequence[int] = (), what: str = "prompt") -> list[list[int]]:
         """Token ids; a text that occurs often is encoded once."""
-        if isinstance(texts, str):
-            raise InputError("a list of prompts was expected, not one text")
+        if isinstance(texts, str) or not hasattr(texts, "__len__"):
+            raise InputError(f"a list of {what}s was expected, not {texts!r:.60}")
         for i, text in enumerate(texts):
             ids = isinstance(text, list | tuple) and all(isinstance(id, int | np.integer) for id in text)
             if not (ids or isinstance(text, str)):
-                raise InputError(f"text {i} must be text or a list of token ids, not {text!r:.60}")
+                raise InputError(f"{what} {i} must be text or a list of token ids, not {text!r:.60}")
+            if isinstance(text, str) and not text.isascii() and text.encode("utf-8", "replace").decode() != text:
+                raise InputError(f"{what} {i} is not valid Unicode text: it holds half of a surrogate pair")
         unique = list(dict.fromkeys(text for text in texts if isinstance(text, str)))
         known = dict(zip(unique, self.tokenizer.encode_batch(unique), strict=True))
         vocab = self.backbone.config.vocab_size
         rows = [[*bos, *known[text]] if isinstance(text, str) else list(text) for text in texts]
         for i, row in enumerate(rows):
             if row and not 0 <= min(row) <= max(row) < vocab:
-                raise InputError(f"prompt {i}: token ids must lie between 0 and {vocab - 1}, the backbone's vocabulary")
+                raise InputError(f"{what} {i}: token ids must lie between 0 and {vocab - 1}, the backbone's vocabulary")
         return rows
 
     def _prompt_ids(self, prompts: Sequence[Prompt], targets: Sequence[Sequence[int]] | None = None) -> list[list[int]]:
@@ -312,7 +316,6 @@ class LanguageModel:
         seen = square(prompts, max_new_tokens, device) if penalty != 1 else None
         reach = max((len(s.encode()) for s in stop), default=0) + 8  # tokens that a stop string may extend over
         eos = np.array(self.tokenizer.eos_ids, dtype=np.int64)
-        ending = self.tokenizer.may_end(stop, config.vocab_size) if stop else np.zeros(1, dtype=bool)
 
         for step in range(max_new_tokens):
             logits = self.backbone.logits(hidden).to(torch.promote_types(self.dtype, torch.float32))
@@ -325,9 +328,7 @@ class LanguageModel:
             tokens[row_of[alive], step] = new[alive]
             counts[row_of[alive]] = step + 1
             alive &= ~ended & (step + 1 < limits[row_of])
-            # Reading only texts that a stop string may have ended saves a tenth of the time of a small backbone.
-            going = np.flatnonzero(alive & ending[np.minimum(new, len(ending) - 1)])
-            if len(going):
+            if stop and len(going := np.flatnonzero(alive)):
                 tails = self._texts(tokens[row_of[going], max(0, step + 1 - reach) : step + 1])
                 for row in going[[any(s in tail for s in stop) for tail in tails]]:
                     # The tail may have been cut within a character, so the whole text has the last word.

@@ -80,7 +80,7 @@ class Adapters:
         for key in options.keys() - HONOURED.keys():
             raise InputError(f"{where}: {key} is not supported")
         options |= {"r": rank, "lora_alpha": alpha, "target_modules": targets, "peft_type": "LORA"}
-        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        generator = None if seed is None else torch.Generator().manual_seed(seed % 2**63)
         layers: dict[str, Low] = {}
         for path, (rank, scale) in self._new(name, options, where).items():
             linear = self._linear(path)
@@ -118,8 +118,11 @@ class Adapters:
         self.adapters[name] = Adapter(_honoured(options), layers)
 
     def save(self, name: str, path: str | Path) -> None:
-        """Write the adapter as a PEFT folder (adapter_config.json and adapter_model.safetensors), never half a file."""
+        """Write the adapter as a PEFT folder (adapter_config.json and adapter_model.safetensors), never half a file. InputError
+        where it holds a number that is not finite, which `load` would refuse, or the disk refuses."""
         adapter = self._get(name)
+        if not all(bool(tensor.isfinite().all()) for tensor in self.parameters(name)):
+            raise InputError(f"{path}: adapter {name!r} holds a number that is not finite, and is not saved")
         config = adapter.options | {
             "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": None, "inference_mode": True,
             "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False, "init_lora_weights": True,
@@ -267,8 +270,8 @@ def resolve(backbone: Backbone, options: Any, where: str) -> dict[str, tuple[int
                 continue
             if not isinstance(module, nn.Linear):
                 raise InputError(f"{where}: target_modules matches {path!r}, which is not a linear layer")
-            rank = _pattern(options["rank_pattern"], path, options["r"])
-            alpha = _pattern(options["alpha_pattern"], path, options["lora_alpha"])
+            rank = _pattern(options["rank_pattern"] or {}, path, options["r"])
+            alpha = _pattern(options["alpha_pattern"] or {}, path, options["lora_alpha"])
             if type(rank) is not int or rank < 1:
                 raise InputError(f"{where}: the rank of {path} must be a positive integer, not {rank!r:.80}")
             if type(alpha) not in (int, float) or not abs(alpha) < 1e30:
@@ -295,6 +298,8 @@ def _targeted(path: str, module: nn.Module, options: Mapping[str, Any]) -> bool:
         return _named(path, targets)
     if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
         raise TypeError("target_modules must be a string or a list of strings")
+    if options["layers_pattern"] and indices in (None, []):
+        raise TypeError("layers_pattern needs layers_to_transform")
     if path in targets or not _named(path, targets) or indices is None or indices == []:
         return _named(path, targets)
     patterns = options["layers_pattern"] or [r"[^.]*"]

@@ -10,12 +10,10 @@ Notable:
 
 import json
 import re
-import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import sentencepiece
 import tokenizers
 
@@ -38,7 +36,7 @@ class Added(NamedTuple):
 
 
 class Tokenizer:
-    """Made by `Tokenizer.load`. `vocab_size` counts ids, added tokens included; `eos_ids` end a text, and `end_id` is
+    """Made by `Tokenizer.load`. `vocab_size` is the largest id, added tokens included, and one; `eos_ids` end a text, and `end_id` is
     the one to end a text with (None: there is none); `bos_id` begins a prompt (None where the checkpoint's tokenizer
     puts nothing in front)."""
 
@@ -65,7 +63,6 @@ class Tokenizer:
         # A chat model's tokenizer names the token that ends a turn; other models' may name one they never learnt.
         own = () if end is None or (declared and self._template is None) else (end,)
         self.eos_ids = tuple(sorted({*declared, *own}))
-        self._ending: dict[tuple[tuple[str, ...], int], np.ndarray] = {}
         self.end_id = end if end in self.eos_ids else next(iter(declared), None)
         # As in transformers, a tokenizer.json says itself what it puts in front.
         prepends = config.get("add_bos_token") if isinstance(model, _SentencePiece) else None
@@ -92,20 +89,6 @@ class Tokenizer:
             if len(ids) and not 0 <= min(ids) <= max(ids) < self.vocab_size:
                 raise InputError(f"{self.folder}: token ids must lie between 0 and {self.vocab_size - 1}")
         return self.model.decode([list(ids) for ids in batch])
-
-    def may_end(self, stop: tuple[str, ...], most: int) -> np.ndarray:
-        """bool [ids + 1]: whether appending each id (those below `most`) may complete one of the `stop` strings. The last entry
-        stands for ids beyond the vocabulary, which have no text."""
-        if (stop, most) not in self._ending:
-            size = min(self.vocab_size, most)  # a damaged file's ids may be of any size
-            ending = np.zeros(size + 1, dtype=bool)
-            # Twice, as some tokenizers take a space off the front; a replacement character is a part of a character.
-            texts = self.decode_batch([[id, id] for id in range(size)])
-            ends = {"\ufffd", *(s[-1] for s in stop)}
-            anything = any("\ufffd" in s for s in stop)
-            ending[:-1] = [anything or not ends.isdisjoint(text) for text in texts]
-            self._ending[stop, most] = ending
-        return self._ending[stop, most]
 
     def chat(
         self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True, **variables: Any
@@ -213,7 +196,8 @@ class _Json(_Model):
         spec = read_object(path, required=True)
         declared, special = _declared(path.parent, config)
         try:
-            _check_merges(spec)
+            if "merges" in spec["model"] and spec["model"].get("continuing_subword_prefix"):  # some such files end the process
+                raise ValueError("a BPE model with a continuing_subword_prefix is not supported")
             self.full = tokenizers.Tokenizer.from_str(json.dumps(spec))
             for token, (id, *_) in sorted(declared.items(), key=lambda item: item[1].id):
                 if self.full.token_to_id(token) is None:
@@ -228,8 +212,10 @@ class _Json(_Model):
                 token.content: Added(id, token.special, token.lstrip, token.rstrip, token.single_word)
                 for id, token in self.full.get_added_tokens_decoder().items()
             }
-            spec, self.parts = _without_added(spec, self.added)
-            plain = json.dumps(spec)
+            self.parts = _spellings(spec["model"], self.added)
+            model = spec["model"] | ({"dropout": None} if "dropout" in spec["model"] else {})  # which makes encodings random
+            bare = {"model": model, "added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
+            plain = json.dumps(spec | bare)
             self.plain = tokenizers.Tokenizer.from_str(plain)
             once = re.sub(r'("prepend_scheme": )"first"', r'\1"never"', plain)
             self.later = self.plain if once == plain else tokenizers.Tokenizer.from_str(once)
@@ -256,53 +242,17 @@ class _Json(_Model):
         return self.full.decode_batch(batch, skip_special_tokens=True)
 
 
-def _check_merges(spec: dict[str, Any]) -> None:
-    """Raise ValueError where the second part of a merge lacks the prefix of what continues a word: `tokenizers` cuts off as
-    many bytes unseen, and where that is too many or half a character it ends the process."""
-    model: Any = spec.get("model")
-    prefix: Any = model.get("continuing_subword_prefix") if isinstance(model, dict) else None
-    for first, second in _merges(model) if prefix else []:
-        if not second.startswith(prefix):
-            raise ValueError(f"the merge {[first, second]!r:.80} does not continue with continuing_subword_prefix {prefix!r:.80}")
+def _spellings(model: dict[str, Any], added: dict[str, Added]) -> dict[int, list[int]]:
+    """An added token may be an item of the text model's vocabulary as well: by id, the ids of its characters, to put in its
+    place. A single character stays what it is, as without it text could not be spelt, and so does what unknown text becomes."""
+    vocab = model["vocab"] if isinstance(model["vocab"], dict) else {piece: id for id, (piece, _) in enumerate(model["vocab"])}
 
+    def spelt(character: str) -> list[int]:
+        pieces = [character] if character in vocab else [f"<0x{byte:02X}>" for byte in character.encode()]
+        return [vocab[piece] for piece in pieces if piece in vocab]
 
-def _merges(model: dict[str, Any]) -> list[Sequence[str]]:
-    """A BPE model's merges as pairs: older files write them as text with a space between."""
-    return [merge.split(" ") if isinstance(merge, str) else merge for merge in model.get("merges", [])]
-
-
-def _without_added(spec: dict[str, Any], added: dict[str, Added]) -> tuple[dict[str, Any], dict[int, list[int]]]:
-    """A tokenizer.json's content and what to put for some of its ids, such that no text gives an added token's id.
-
-    Often an added token is an item of the text model's vocabulary as well. One that merges make stays, as longer items
-    may be made of it, and gives way to its parts; any other is renamed to what no text contains. A single character stays
-    what it is: without it, text could not be spelt.
-    """
-    model = dict(spec["model"])
-    infix, nonce = model.get("continuing_subword_prefix") or "", secrets.token_hex(16)
-    merges = [(a, b, a + b.removeprefix(infix)) for a, b in _merges(model)]
-    names: dict[str, str] = {}
-    while True:
-        made = {whole: (a, b) for a, b, whole in merges if whole != model.get("unk_token")}
-        if not (unmade := [token for token in added if len(token) > 1 and token not in names and token not in made]):
-            break
-        names |= {token: f"{nonce}{added[token].id}" for token in unmade}
-        merges = [merge for merge in merges if not names.keys() & merge]
-    if isinstance(model["vocab"], dict):
-        model["vocab"] = {names.get(token, token): id for token, id in model["vocab"].items()}
-    else:  # Unigram: [piece, score] by id
-        model["vocab"] = [[names.get(piece, piece), score] for piece, score in model["vocab"]]
-    if isinstance(model.get("unk_token"), str):
-        model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
-    if "merges" in model:
-        model["merges"] = [[a, b] for a, b, _ in merges]
-    again = {token: made[token] for token in added if token in made}
-
-    def spelt(token: str) -> list[int]:
-        return [id for part in again[token] for id in spelt(part)] if token in again else [model["vocab"][token]]
-
-    parts = {model["vocab"][token]: spelt(token) for token in again}
-    return {**spec, "model": model, "added_tokens": [], "post_processor": None, "truncation": None, "padding": None}, parts
+    tokens = [token for token in added if token in vocab and len(token) > 1 and token != model.get("unk_token")]
+    return {vocab[token]: [id for character in token for id in spelt(character)] for token in tokens}
 
 
 class _SentencePiece(_Model):

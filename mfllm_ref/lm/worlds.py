@@ -194,6 +194,7 @@ def cut(
         even = -(-len(ids) // 2 ** math.ceil(math.log2(-(-len(ids) // rows))))
     parts: list[tuple[World, int]] = []  # a world or a part of one, its longest suffix
     for (name, _), agents in worlds.items():
+        agents.sort(key=lambda agent: len(ids[agent]))  # attention pads a batch to its longest
         prefix = common_prefix([ids[agent] for agent in agents])
         own = max(len(ids[agent]) - len(prefix) + extra[agent] for agent in agents)
         size = min(most, even, max(1, (tokens - len(prefix)) // own))

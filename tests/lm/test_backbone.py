@@ -277,6 +277,8 @@ def test_bfloat16_rounds_where_transformers_does() -> None:
         ({"attention_bias": 1}, "attention_bias"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"model_type": "mistral", "sliding_window": 0}, "sliding_window"),
+        ({"model_type": "mistral", "layer_types": ["sliding_attention", "full_attention"]}, "layer_types"),
+        ({"model_type": "mistral", "sliding_window": None, "layer_types": ["sliding_attention"] * 2}, "layer_types"),
         ({"model_type": "qwen2", "layer_types": ["full_attention"]}, "layer_types"),
         ({"model_type": "qwen2", "layer_types": ["full_attention", "chunked"]}, "layer_types"),
         ({"model_type": "qwen2", "layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),

@@ -21,3 +21,14 @@ def test_a_template_that_changes_contents_is_refused(change):
 def test_a_template_may_leave_contents_out_and_repeat_them():
     template = ChatTemplate("<{{ messages[0].content | trim }}|{{ messages[0].content }}>", Path("folder"))
     assert template.render(CHAT, {}) == ["<", "Is it true?", "| ", "Is it true?", " >"]
+
+
+def test_the_day_is_always_the_same():
+    """A run that is resumed or repeated on another day must see the same prompts."""
+    template = ChatTemplate("{{ strftime_now('%d %b %Y %H:%M:%S') }}", Path("folder"))
+    assert template.render([], {}) == ["26 Jul 2024 00:00:00"]
+
+
+def test_white_space_is_a_content():
+    template = ChatTemplate("[{{ messages[0].content }}]", Path("folder"))
+    assert "".join(template.render([{"role": "user", "content": " \n "}], {})) == "[ \n ]"

@@ -85,13 +85,16 @@ def test_nothing_to_do(lm):
     "options",
     [
         {"max_new_tokens": -1}, {"temperature": -0.1}, {"temperature": math.nan}, {"top_k": -1}, {"top_p": 0.0},
-        {"top_p": 1.1}, {"repetition_penalty": 0.0}, {"stop": [""]}, {"seeds": [1, 2]}, {"worlds": [1, 2]},
+        {"top_p": 1.1}, {"repetition_penalty": 0.0}, {"stop": [""]}, {"stop": [None]}, {"seeds": [1, 2]}, {"worlds": [1, 2]},
         {"adapters": [None, None]}, {"adapters": ["nowhere"]},
     ],
 )  # fmt: skip
 def test_bad_options_are_refused(lm, options):
     with pytest.raises(InputError):
         lm.generate(["a"], **options)
+    if options.keys() <= {"max_new_tokens", "seeds", "worlds"}:
+        with pytest.raises(InputError):
+            lm.sample(["a"], **options)
 
 
 @pytest.mark.parametrize("prompt", ["", [], [320], [-1], [0.5], "\ud800", None])
@@ -101,6 +104,35 @@ def test_bad_prompts_are_refused(lm, prompt):
     assert "\n" not in str(error.value)
     with pytest.raises(InputError):
         lm.log_prob(["a", "b"], ["c"])
+
+
+def test_refusals_say_which_text_it_is(lm, folder):
+    for call, said in (
+        (lambda: lm.log_prob(["fine", "fine"], ["a", [10**6]]), "continuation 1: token ids"),
+        (lambda: lm.generate(["fine", "a\ud800"]), "prompt 1 is not valid Unicode"),
+        (lambda: lm.generate(text for text in ["fine"]), "a list of prompts was expected"),
+        (lambda: LanguageModel.load(folder["llama"], device="gpu"), "device 'gpu'"),
+    ):
+        with pytest.raises(InputError, match=said):
+            call()
+
+
+def test_an_end_that_the_backbone_lacks_ends_no_score(folder, tmp_path):
+    for file in folder["llama"].iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "config.json").write_text(json.dumps(json.loads((tmp_path / "config.json").read_text()) | {"eos_token_id": 5000}))
+    (tmp_path / "generation_config.json").unlink(missing_ok=True)
+    lm = LanguageModel.load(tmp_path)
+    with pytest.raises(InputError, match="names no end of text token, or one that the backbone does not have"):
+        lm.log_prob(["a"], ["b"], end_of_text=True)
+
+
+def test_batches_hold_prompts_of_like_length():
+    """Attention pads a batch to its longest: a world's agents are taken by length, whatever the caller's order."""
+    ids = [[1, 2, *[3] * (5 * (i * 7 % 10) + 1)] for i in range(10)]
+    (chunk,) = worlds.cut(ids, [5] * 10, [(None, 0)] * 10, 10**9, 10**6, None)
+    sizes = [len(ids[agent]) for agent in worlds.members(chunk)]
+    assert sizes == sorted(sizes) and sorted(worlds.members(chunk)) == list(range(10))
 
 
 def test_half_precision_runs(folder):

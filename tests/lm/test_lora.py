@@ -1,6 +1,7 @@
 """LoRA against peft, both ways, and what an adapter must never do to the backbone."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -297,6 +298,41 @@ def test_names_must_be_new_to_add_and_known_to_use(tmp_path: Path) -> None:
     ):  # fmt: skip
         with pytest.raises(InputError):
             misuse()
+
+
+def test_what_load_would_refuse_is_not_saved(tmp_path: Path) -> None:
+    """A good adapter is not replaced by one that cannot be read, and PEFT refuses layers_pattern alone."""
+    adapters = Adapters(pair()[1])
+    adapters.add("a", seed=2**70)
+    adapters.save("a", tmp_path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    with torch.no_grad():
+        adapters.parameters("a")[0][0, 0] = float("nan")
+    with pytest.raises(InputError, match="adapter 'a' holds a number that is not finite, and is not saved"):
+        adapters.save("a", tmp_path)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+    with pytest.raises(InputError, match="layers_pattern needs layers_to_transform"):
+        adapters.add("b", layers_pattern="layers")
+
+
+def test_new_weights_never_lie_beside_an_old_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Broken off between the two files, a folder is refused; another lora_alpha would misread the weights in silence."""
+    adapters = Adapters(pair()[1])
+    adapters.add("a", alpha=16.0)
+    adapters.add("b", alpha=160.0, seed=1)
+    adapters.save("a", tmp_path)
+    replace = os.replace
+
+    def broken_off(source: Path, target: Path) -> None:
+        if target.name == "adapter_config.json":
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", broken_off)
+    with pytest.raises(KeyboardInterrupt):
+        adapters.save("b", tmp_path)
+    with pytest.raises(InputError, match="adapter_config.json: no such file"):
+        adapters.load("c", tmp_path)
 
 
 def test_an_adapter_that_brings_another_head_is_refused(tmp_path: Path) -> None:

@@ -153,28 +153,6 @@ def test_special_tokens_are_left_out_wherever_a_checkpoint_names_them(where, tmp
     assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True) == "ab"
 
 
-@pytest.fixture(scope="module")
-def loaded(tmp_path_factory):
-    return {kind: Tokenizer.load(write(tmp_path_factory.mktemp(kind), kind)) for kind in JSON_KINDS}
-
-
-@pytest.mark.parametrize("kind", JSON_KINDS)
-@settings(deadline=None, derandomize=True, max_examples=60)
-@given(data=st.data())
-def test_what_ends_a_text_is_known_by_its_last_token(kind, data, loaded):
-    """A stop string appears in a text that lacked it only behind a token that `may_end` it; some tokens may not."""
-    tokenizer = loaded[kind]
-    ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1), min_size=2, max_size=12))
-    texts = [tokenizer.decode(ids[:n]) for n in range(len(ids) + 1)]
-    start = data.draw(st.integers(0, max(0, len(texts[-1]) - 1)))
-    stop = (texts[-1][start : start + data.draw(st.integers(1, 3))] or "a", "\n")
-    ending = tokenizer.may_end(stop, tokenizer.vocab_size)
-    assert not ending[-1] and ("\ufffd" in stop[0] or not ending.all())
-    for before, after, id in zip(texts, texts[1:], ids):
-        if not any(s in before for s in stop) and any(s in after for s in stop):
-            assert ending[id], (before, after, stop)
-
-
 def llama_model(**options):
     """A sentencepiece BPE model as Llama-2's and Mistral's were trained."""
     out = io.BytesIO()
