@@ -29,14 +29,15 @@ def make_run(folder, seed, methods=("state", "mf-llm"), events=EVENTS, same=None
                     drawn = labels
                 rows.append({"event": event, "method": method, "seed": 0, "index": index, "phase": "rollout",
                              "labels": drawn, "real_labels": labels})  # fmt: skip
-    likelihood = [{"method": method, "nll": 2.0 + seed, "tokens": 1} for method in methods]
+    likelihood = [{"event": event, "method": method, "nll": 2.0 + seed, "tokens": 1} for method in methods for event in events]
     own = metrics.evaluate(metrics.collect(rows), dict.fromkeys(events, "news"))
     folder.mkdir()
     for name, lines in (("trajectory", rows), ("likelihood", likelihood)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
     (folder / "metrics.json").write_text(json.dumps(own))
-    known = {"command": "simulate.py", "events": events, "agents": 60, "batch": 10, "warmup": 0, **settings}
-    (folder / "run.json").write_text(json.dumps({"status": "finished", "settings": known}))
+    known = {"command": "simulate.py", "events": events, "methods": methods, "agents": 60, "batch": 10, "warmup": 0, **settings}
+    digests = {"events": str(events), "weights/model.safetensors": "5e"}
+    (folder / "run.json").write_text(json.dumps({"status": "finished", "settings": known, "sha256": digests}))
     return folder, own
 
 
@@ -113,13 +114,22 @@ def test_a_table_without_a_mean_has_dashes(tmp_path):
     assert "| `mf-llm` | – |" in combine.table(whole, by_run) and "below" not in combine.headline(whole)
 
 
+SETTINGS = {"command": "simulate.py", "events": EVENTS, "methods": ("state", "mf-llm"), "agents": 60, "batch": 10, "warmup": 0}
+DIGESTS = {"events": str(EVENTS), "weights/model.safetensors": "5e"}
+
+
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
         ({"status": "interrupted"}, "not a finished run"),
         ({"settings": {"command": "train.py"}}, "not a run of simulate.py"),
-        ({"settings": {"command": "simulate.py", "events": ["a"], "agents": 60, "batch": 10, "warmup": 0}}, "shares some of its events with"),
-        ({"settings": {"command": "simulate.py", "events": EVENTS, "agents": 61}}, "its agents is not that of"),
+        ({"settings": None}, "not a run of simulate.py"),
+        ({"settings": SETTINGS | {"events": ["a"]}}, "shares some of its events with"),
+        ({"settings": SETTINGS | {"agents": 61}}, "its agents is not that of"),
+        ({"settings": SETTINGS | {"half_life": 5}}, "its half_life is not that of"),
+        ({"sha256": DIGESTS | {"events": "of the same names"}}, "its events is not that of"),
+        ({"sha256": DIGESTS | {"weights/model.safetensors": "another"}}, "its weights/model.safetensors is not that of"),
+        ({"sha256": DIGESTS | {"intervention": "a file"}}, "its intervention is not that of"),
     ],
 )
 def test_what_cannot_be_compared_is_one_line(damage, said, tmp_path, monkeypatch, capsys):
@@ -129,3 +139,49 @@ def test_what_cannot_be_compared_is_one_line(damage, said, tmp_path, monkeypatch
     assert doors.run_door("combine", combine.main) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and error.startswith(f"combine: {bad}: ") and said in error
+
+
+def test_a_run_given_twice_is_not_two_runs(tmp_path):
+    folder, _ = make_run(tmp_path / "one", 1)
+    with pytest.raises(InputError, match="one/../one: given twice"):
+        combine.combine([folder, folder / ".." / "one"])
+
+
+def test_all_columns_are_of_the_same_events(tmp_path):
+    """Where a run's events are left out, its likelihoods and its own KL are, too."""
+    made = [make_run(tmp_path / "0", 1, ("state", "mf-llm")), make_run(tmp_path / "1", 2, ("state",), events=("d", "e"))]
+    whole, by_run = combine.combine([folder for folder, _ in made])
+    assert list(whole["kl_by_event"]["state"]) == list(EVENTS) and len(by_run["state"]) == 1
+    assert whole["methods"]["state"]["nll"] == 3.0  # of the first run's seed
+
+
+def _edit(name, change):
+    def damage(folder):
+        lines = [json.loads(line) for line in (folder / name).read_text().splitlines()]
+        (folder / name).write_text("".join(json.dumps(line) + "\n" for line in change(lines)))
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        _edit("trajectory.jsonl", lambda rows: rows[:-3]),
+        _edit("trajectory.jsonl", lambda rows: []),
+        _edit("trajectory.jsonl", lambda rows: [*rows, 3]),
+        _edit("trajectory.jsonl", lambda rows: [*rows, rows[0]]),
+        _edit("trajectory.jsonl", lambda rows: [{k: v for k, v in rows[0].items() if k != "labels"}, *rows[1:]]),
+        _edit("trajectory.jsonl", lambda rows: [row | {"seed": "0"} for row in rows]),
+        _edit("trajectory.jsonl", lambda rows: [row | {"method": "mean-field"} for row in rows]),
+        _edit("likelihood.jsonl", lambda rows: [{}, *rows]),
+        _edit("likelihood.jsonl", lambda rows: [rows[0] | {"nll": "2"}, *rows[1:]]),
+        _edit("metrics.json", lambda own: [[own]]),
+        _edit("metrics.json", lambda own: [own[0] | {"floor": None}]),
+        _edit("metrics.json", lambda own: [own[0] | {"methods": {"state": {"kl": None}}}]),
+    ],
+)
+def test_a_damaged_run_is_one_line(damage, tmp_path):
+    folder, _ = make_run(tmp_path / "one", 1)
+    damage(folder)
+    with pytest.raises(InputError, match=f"{folder}"):
+        combine.combine([folder])
