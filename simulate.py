@@ -111,7 +111,8 @@ def main() -> None:
             "annotator": args.annotator, "device": device.type, "dtype": str(dtype).removeprefix("torch."),
             "threads": threads, "shard": args.shard,
         },
-        "paths": {"backbone": str(backbone), "data": str(args.data or "built-in"), "adapters": str(folder or "none")},
+        "paths": {"backbone": str(backbone), "data": str(args.data or "built-in"), "adapters": str(folder or "none"),
+                  **{f"{name}-adapter": str(path) for name, path in given.items() if path}},
         "seeds": seeds, "threads": threads, **origin,
     }  # fmt: skip
     for line in left_out:

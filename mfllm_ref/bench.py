@@ -226,8 +226,8 @@ def throughput(args: argparse.Namespace) -> None:
             f"{costs[0].flops / seconds['ours'] / 1e9:.0f}", f"{costs[2].keys / costs[0].keys:.1f}",
         ])  # fmt: skip
     parted = f" but for {ties} ties within {TIE:g} nats" if ties else ""
-    print(f"greedy tokens agree in float32{parted}; {setting(args, lm, dtype)}")
-    print(report.markdown(rows))
+    doors.say(f"greedy tokens agree in float32{parted}; {setting(args, lm, dtype)}")
+    doors.say(report.markdown(rows))
 
 
 # ---- train ---------------------------------------------------------------------------------------------------------
@@ -281,8 +281,8 @@ def train(args: argparse.Namespace) -> None:
         raise SystemExit(f"bench: (loss, gradient norm) differ, so no times are printed: ours and theirs {pairs}")
     seconds = in_turns({"ours": ours, "theirs": theirs}, args.repeats)
     tokens = [args.prefix + agents * (args.suffix + args.new), agents * (start + args.new)]
-    print(f"one policy-stage update, LoRA rank {args.rank} on all linear layers; {setting(args, lm, torch.float32)}")
-    print(report.markdown([
+    doors.say(f"one policy-stage update, LoRA rank {args.rank} on all linear layers; {setting(args, lm, torch.float32)}")
+    doors.say(report.markdown([
         ["agents", "ours, s", "peft, s", "peft / ours", "tokens peft / ours", "loss differs by", "gradient norm by"],
         [agents, *(f"{s:.3f}" for s in seconds.values()), f"{seconds['theirs'] / seconds['ours']:.2f}",
          f"{tokens[1] / tokens[0]:.2f}", *(f"{gap:.0e}" for gap in gaps)],
@@ -295,6 +295,8 @@ def train(args: argparse.Namespace) -> None:
 def predict(args: argparse.Namespace) -> None:
     """Time of a large run on several accelerators, by arithmetic alone."""
     config = pretrain.config_for("qwen2", SHAPES[args.config], SHAPES[args.config].vocab)
+    if args.utilisation > 1:
+        raise InputError(f"--utilisation {args.utilisation:g}: the part of the peak that is reached is at most 1")
     peak = args.tflops * 1e12 * args.utilisation, args.bandwidth * 1e9 * args.utilisation
     table: list[list[object]] = [["worlds", "B", "rounds", "s a round", "of it mean fields", "actions/s", "hours", "GFLOP/action"]]
     for worlds, batch in itertools.product(args.worlds, args.batch):
@@ -305,10 +307,10 @@ def predict(args: argparse.Namespace) -> None:
             worlds, batch, found.rounds, f"{each:.3f}", f"{found.writing / each:.0%}", f"{args.agents / found.seconds:.0f}",
             f"{found.seconds / 3600:.2f}", f"{found.flops / 1e9:.0f}",
         ])  # fmt: skip
-    print(f"{args.agents} agents on {args.config} in bfloat16, {args.gpus} devices at {args.utilisation:.0%} of"
+    doors.say(f"{args.agents} agents on {args.config} in bfloat16, {args.gpus} devices at {args.utilisation:.0%} of"
           f" {args.tflops:g} TFLOP/s and {args.bandwidth:g} GB/s; P {args.prefix}, S {args.suffix}, G {args.new};"
           f" the mean-field model reads {args.head} + {args.listed} B tokens and writes {args.summary}")  # fmt: skip
-    print(report.markdown(table))
+    doors.say(report.markdown(table))
 
 
 # ---- the command line ----------------------------------------------------------------------------------------------

@@ -158,7 +158,7 @@ def main() -> None:
     parser = Parser(prog="python -m mfllm_ref.calibration", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     known = commands.add_parser("ceiling")
-    known.add_argument("--split", choices=list(agora.SPLITS), default="dev")
+    known.add_argument("--split", choices=("train", "dev", "test"), default="dev")  # pretrain's worlds are of another kind
     known.add_argument("--events", type=positive, metavar="N", help="the split's first N (default: all)")
     known.add_argument("--seeds", type=positive, default=2, help="continuations of each event (default: 2)")
     known.add_argument("--agents", type=whole(agora.WARMUP + 1, agora.ACTIONS), default=agora.ACTIONS, metavar="N",
@@ -178,6 +178,8 @@ def main() -> None:
     doors.add_summaries(written)
     doors.add_machine(written)
     args = parser.parse_args()
+    if args.command in ("summaries", "ceiling") and (args.events or 0) > agora.SPLITS[args.split]:
+        raise InputError(f"--events {args.events}: the {args.split} split has {agora.SPLITS[args.split]}")
     if args.command == "summaries":
         doors.threads(args)
         device, dtype = doors.device_and_dtype(args)
@@ -189,19 +191,19 @@ def main() -> None:
         adapter, tokens = "mean-field" if args.adapter else None, args.summary_tokens
         table = summary_errors(lm, pasts, adapter, args.seed, tokens, args.summary_top_p)
         rows = [[name, f"{row['error']:.2f}", f"{row['grid']:.2f}", f"{100 * row['lost']:.1f}%"] for name, row in table.items()]
-        print(report.markdown([["steps", "error, points", "the grid alone", "lack a dimension"], *rows]))
+        doors.say(report.markdown([["steps", "error, points", "the grid alone", "lack a dimension"], *rows]))
         return
     if args.command == "ceiling":
         best = ceiling(args.split, args.events, args.seeds, args.agents)
         rows = [[name, *(f"{value:.3f}" for value in (row.mean(), *row))] for name, row in best.items()]
-        print(report.markdown([["continuation", "mean", *DIMENSIONS], *rows]))
+        doors.say(report.markdown([["continuation", "mean", *DIMENSIONS], *rows]))
         return
     if args.command == "followers":
         found = followers(load_events(args.data), RuleAnnotator(), args.seeds, args.agents)
         said = {HALF_LIFE: f"half-life {HALF_LIFE}", math.inf: "all", None: "the warm-up"}
         names = {row: f"slope {row[0]}, {said[row[1]]}" if row else "`persistence`" for row in found}
         rows = [[names[row], *(f"{value:.3f}" for value in (kl.mean(), *kl))] for row, kl in found.items()]
-        print(report.markdown([["agents who follow", "mean", *DIMENSIONS], *rows]))
+        doors.say(report.markdown([["agents who follow", "mean", *DIMENSIONS], *rows]))
         return
     own = (agora.event("dev", index) for index in range(agora.SPLITS["dev"]))
     table = agreement(load_events(args.data) if args.data else own, RuleAnnotator())
@@ -209,7 +211,7 @@ def main() -> None:
         raise InputError(f"{args.data}: its actions carry no labels to compare with")
     columns = ("accuracy", "majority_accuracy", "macro_f1", "majority_macro_f1")
     rows = [[name, *(f"{row[column]:.3f}" for column in columns), str(row["count"])] for name, row in table.items()]
-    print(report.markdown([["dimension", "accuracy", "majority class", "macro-F1", "majority class", "count"], *rows]))
+    doors.say(report.markdown([["dimension", "accuracy", "majority class", "macro-F1", "majority class", "count"], *rows]))
 
 
 if __name__ == "__main__":

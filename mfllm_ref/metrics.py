@@ -320,7 +320,7 @@ def evaluate(
     if len(events) > 1 and kept.any():
         intervals = _interval(kl[:, :, kept].mean(-1)).tolist()
     else:
-        notes["kl_ci95"] = notes["difference"] = "null: an interval over events needs two events and one dimension in the mean"
+        notes["kl_ci95"] = notes["difference.ci95"] = "null: an interval over events needs two events and one dimension in the mean"
     table: dict[str, dict] = {}
     for row, method in enumerate(methods):
         values = {measure: by_dimension(scores[row, :, column]) for column, measure in enumerate(MEASURES)}

@@ -93,22 +93,21 @@ def effect_table(intervention: Mapping) -> str:
 def _paths(worlds: Worlds) -> tuple[dict[str, np.ndarray], int]:
     """Label shares over time, {method or "real": [windows, dimensions, labels]}, and the number of events.
 
-    Windows of SHARE_WINDOW rollout actions, mean over seeds and then over events at equal place. Only windows that at
-    least half of the events fill are kept, so that a change of the line is not a change of the events behind it.
+    Windows of SHARE_WINDOW rollout actions, mean over seeds and then over the longer half of the events, as far as all of
+    these go: the same events at every place, so that a change of the line is one of populations.
     """
+    sizes = {event: len(world.real) for (event, _, _), world in worlds.items()}
+    least = sorted(sizes.values())[(len(sizes) - 1) // 2]
     found: dict[str, dict[str, list[np.ndarray]]] = {}
     for (event, method, _), world in worlds.items():
-        whole = max(len(world.real) // SHARE_WINDOW, 1) * SHARE_WINDOW
+        if sizes[event] < least:
+            continue
+        whole = max(least // SHARE_WINDOW, 1) * SHARE_WINDOW
         for name, codes in ((method, world.simulated[:whole]), ("real", world.real[:whole])):
             path = label_shares(codes, windows(len(codes), SHARE_WINDOW))
             found.setdefault(name, {}).setdefault(event, []).append(path)
-    lengths = sorted(len(paths[0]) for paths in found["real"].values())
-    out = {}
-    for name, events in found.items():
-        means = [np.mean(paths, axis=0) for paths in events.values()]  # over seeds
-        places = range(lengths[(len(lengths) - 1) // 2])
-        out[name] = np.array([np.mean([path[at] for path in means if len(path) > at], axis=0) for at in places])
-    return out, len(found["real"])
+    means = {name: [np.mean(paths, axis=0) for paths in events.values()] for name, events in found.items()}  # over seeds
+    return {name: np.mean(some, axis=0) for name, some in means.items()}, len(found["real"])
 
 
 def _draw_shares(axes: Sequence[Axes], paths: Mapping[str, np.ndarray], excluded: Iterable[str]) -> None:
@@ -116,18 +115,19 @@ def _draw_shares(axes: Sequence[Axes], paths: Mapping[str, np.ndarray], excluded
     marker = "o" if len(middle) == 1 else None
     for number, (axis, (dimension, labels)) in enumerate(zip(axes, LABELS.items())):
         # one label a dimension keeps a panel of 13 methods readable: the one whose real share moves most
-        shown = int(np.argmax(paths["real"][:, number].std(0)))
+        real = paths["real"][:, number]
+        shown = int(np.lexsort((real.mean(0), real.std(0)))[-1])  # or, where none moves, has the largest share
         for method, path in paths.items():
             if method != "real":
                 axis.plot(middle, path[:, number, shown], marker=marker, **_style(method))
         axis.plot(middle, paths["real"][:, number, shown], color="black", linewidth=3, marker=marker, zorder=5)
-        note = " (not in the mean)" if dimension in excluded else ""
+        note = " (not in mean)" if dimension in excluded else ""
         axis.set_title(f"{dimension.replace('_', ' ')}: {labels[shown]}{note}", fontsize=11, loc="left")
         low, high = axis.get_ylim()
         centre, reach = (low + high) / 2, max(high - low, 0.1) / 2  # no panel magnifies less than 10 points
-        axis.set_ylim(max(-0.01, centre - reach), min(1.01, centre + reach))
+        axis.set_ylim(max(-0.02, centre - reach), min(1.02, centre + reach))
         axis.margins(x=0.02)
-        axis.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g}%")  # 2.5% is a tick where little moves
+        axis.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.4g}%" if 0 <= value <= 1 else "")  # 2.5% may be a tick
         axis.yaxis.set_major_locator(MaxNLocator(5))
 
 
@@ -155,7 +155,7 @@ def _draw_kl(axis: Axes, metrics: Mapping) -> None:
         axis.text(-0.185, row, name, transform=at, va="center", fontsize=11, weight=weight)
     axis.set_ylim(len(methods) + 0.6, -1.3)
     axis.set_yticks([])
-    axis.set_xlim(0, 1.1 * axis.get_xlim()[1])
+    axis.set_xlim(0, max(1.1 * axis.get_xlim()[1], 0.01))
     axis.set_xlabel("KL(real || simulated) in nats: mean, and 95% interval over events")
 
 
@@ -190,7 +190,8 @@ def figure(worlds: Worlds, metrics: Mapping, path: Path) -> None:
         _draw_kl(below, metrics)
         for axis in (*panels, below):
             _plain(axis)
-        count = f"{events} event" + ("s" if events != 1 else "")
+        every = len({event for event, _, _ in worlds})
+        count = f"{events} event" + ("s" if events != 1 else "") + (f" of {every}, the longer ones" if events < every else "")
         page.suptitle(f"Label shares over time, real (black) and simulated: mean of {count}", fontsize=14, y=0.975)
         _save(page, path)
 

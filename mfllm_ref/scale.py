@@ -123,12 +123,12 @@ def scale(args: argparse.Namespace) -> None:
     for n in args.worlds:
         measure("worlds", args.world_agents, n)
     for name in ("agents", "worlds"):
-        print(report.markdown(rows(record[name])), flush=True)
+        doors.say(report.markdown(rows(record[name])))
     for key, least in (("agents", FITTED_FROM), ("worlds", 1)):
         pairs = [(row[key], row["seconds"]) for row in record[key] if row[key] >= least]
         if len({size for size, _ in pairs}) > 1:
             record["exponents"][key] = exponent(*zip(*pairs))
-            print(f"seconds grow as {key} ^ {record['exponents'][key]:.3f} (from {pairs[0][0]} on)")
+            doors.say(f"seconds grow as {key} ^ {record['exponents'][key]:.3f} (from {pairs[0][0]} on)")
     runs.write_json(out / "scale.json", record)
     report.scaling(record["agents"], record["worlds"], record["exponents"], out / "scale.png")
-    print(f"see {out / 'scale.png'}")
+    doors.say(f"see {out / 'scale.png'}")

@@ -17,6 +17,7 @@ from mfllm_ref import metrics, ranks
 from mfllm_ref.errors import InputError
 from mfllm_ref.fields import a_list, read_json, text_field
 from mfllm_ref.lm import LanguageModel, lora
+from mfllm_ref.lm.checkpoint import INDEX
 from mfllm_ref.runs import RUN_FILE, Run, read_json_lines, sha256
 from mfllm_ref.society import agora, prompts
 from mfllm_ref.society.events import Event
@@ -27,6 +28,11 @@ from mfllm_ref.society.rollout import (
 
 # What a run without arguments simulates: one event of each domain, one window of 60 actions behind the warm-up.
 BUILT_IN_EVENTS, BUILT_IN_AGENTS = 7, 110
+KEYS = {  # that a row of a run's files has
+    "trajectory": ("event", "method", "seed", "step", "index", "phase", "text", "labels", "real_labels"),
+    "mean_field": ("event", "method", "seed", "step", "text"),
+    "likelihood": ("event", "method", "seed", "step", "nll", "tokens", "text"),
+}
 CONTINUATIONS = 4  # true continuations that agora's floor and true effect are means of
 
 
@@ -72,16 +78,20 @@ def long_enough(events: Sequence[Event], settings: Settings, named: bool) -> tup
 
 
 def check_room(lm: LanguageModel, events: Sequence[Event], methods: Sequence[Method], settings: Settings) -> None:
-    """InputError naming an event whose prompts cannot fit into the backbone's positions, before anything is written: the longest
-    of its prompts (in characters) that tell of nobody but the agent, and of a mean field's that list no action."""
+    """InputError naming an event whose prompts cannot fit into the backbone's positions, before anything is written. Of the
+    prompts that tell of nobody but the agent it looks at the one that needs most tokens with what follows, an action or the real
+    one that is scored; of a mean field's, at one that lists no action."""
     writer = next((method for method in methods if not method.resamples), None)
     reader = next((method for method in methods if method.signal == "mean-field"), None)
     for event in events:
         acting = event.actions[settings.warmup : horizon(event, settings)]
-        private = max((prompts.policy_private(event.language, action.agent.profile) for action in acting), key=len)
-        acts = prompts.policy_shared(event.language, event.topic) + private
+        private = [prompts.policy_private(event.language, action.agent.profile) for action in acting]
+        told, said = map(lm.tokenizer.encode_batch, (private, [prompts.continuation(action.text) for action in acting]))
+        rooms = [max(settings.action_tokens, len(ids) + 1) for ids in said]
+        room, most = max(zip(rooms, range(len(rooms)), strict=True), key=lambda pair: pair[0] + len(told[pair[1]]))
+        acts = prompts.policy_shared(event.language, event.topic) + private[most]
         sums_up = prompts.mean_field_prompt(event.language, event.topic, (), "", (), prompts.MANY)
-        for method, prompt, room in ((writer, acts, settings.action_tokens), (reader, sums_up, settings.summary_tokens)):
+        for method, prompt, room in ((writer, acts, room), (reader, sums_up, settings.summary_tokens)):
             if method is not None:
                 fitting(lm, State(World(event, method, 0), settings, {}), settings, [room], lambda _: [prompt])
 
@@ -157,6 +167,10 @@ def roll_out(
     """
     names = [f"trajectory{suffix}.jsonl", f"mean_field{suffix}.jsonl", *(["likelihood.jsonl"] if likelihood else [])]
     files = [run.lines(name) for name in names]
+    for file in files:
+        for number, row in enumerate(file, 1):
+            if lacking := [key for key in KEYS.get(file.path.name.split("-")[0].removesuffix(".jsonl"), ()) if key not in row]:
+                raise InputError(f"{file.path}:{number}: damaged, cannot resume (a row without {lacking[0]!r})")
     done = Rows(*files)  # read from the disk as they are replayed
     for file, count in zip(files, complete_steps(worlds, settings, done.counts(), likelihood)[1]):
         file.keep(count)
@@ -256,5 +270,6 @@ def weights_of(backbone: Path) -> dict[str, Path]:
     """The files of a checkpoint that decide what it computes, by what they are: for run.json's sha256. Not the record of its own
     pretraining, which has times in it."""
     kinds = {".safetensors": "weights", ".json": "tokenizer", ".model": "tokenizer", ".jinja": "tokenizer"}
-    files = sorted(path for path in backbone.iterdir() if path.suffix in kinds and path.name != RUN_FILE)
-    return {f"{'config' if 'config.json' == path.name else kinds[path.suffix]}/{path.name}": path for path in files}
+    files = sorted(path for path in backbone.iterdir() if path.suffix in kinds and path.name != RUN_FILE and path.is_file())
+    known = {"config.json": "config", INDEX: "weights"}
+    return {f"{known.get(path.name, kinds[path.suffix])}/{path.name}": path for path in files}

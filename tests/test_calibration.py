@@ -165,7 +165,7 @@ def test_the_followers_command(command, tmp_path):
         assert code == 0 and [cell.strip() for cell in row[2:-1]] == [f"{value:.3f}" for value in (kl.mean(), *kl)]
     write_events(events[:1], tmp_path / "one.jsonl")
     code, _, said = command("followers", "--data", tmp_path / "one.jsonl")
-    assert code == 2 and said.count("\n") == 1 and "takes two" in said
+    assert code == 2 and said.count("\n") == 1 and "need two" in said
 
 
 class Writer:

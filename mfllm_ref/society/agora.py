@@ -8,7 +8,7 @@ u(s) is private and readable from the profile, m the exponentially weighted shar
 actions, h(t) a public field that public posts shift. With no field, order appears at J = 2.75 and disorder loses
 stability at 3. The first opinion m_0 is drawn per event and hidden: only actions show it. The other seven dimensions
 follow from stance, profile and m. Everything is a pure function of (split, index); each action has a row of uniforms of
-its own, so a second continuation or an intervention is compared on equal noise.
+its own, so a continuation is compared with and without an intervention on equal noise.
 """
 
 import hashlib
@@ -260,7 +260,7 @@ def act(here: World, index: int, stance: int, opinion: np.ndarray, noise: Iterab
     labels = other_labels(STANCES[stance], opinion, here.moods[index], u)
     agent = here.agents[index]
     text = agora_text.comment(labels, here.slots[index], here.domain, u)
-    return Action(agent, text, 60.0 * index, agent.reach, None, labels)
+    return Action(agent, text, 60.0 * index, agent.reach or 0.0, None, labels)
 
 
 def proceed(here: World, start: int, opinion: np.ndarray, pending: Sequence[int], noise: np.ndarray,
@@ -340,8 +340,10 @@ def true_rollout(event: Event, warmup: int, intervention: Sequence[Mapping[str, 
     for item in intervention or ():
         try:
             texts, end = [action["text"] for action in item["actions"]], (item["step"] + 1) * batch
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, IndexError) as error:
             raise InputError(f"intervention: {item!r} is not a step and its actions") from error
+        if type(item["step"]) is not int or item["step"] < 0 or not all(isinstance(text, str) for text in texts):
+            raise InputError(f"intervention: {item!r} must have a step of at least 0, and texts")
         inserted.setdefault(end, []).extend(STANCES.index(annotate(text, event.language)["stance"]) for text in texts)
     try:
         stances = [STANCES.index(action.labels["stance"]) for action in event.actions[:warmup]]

@@ -60,7 +60,8 @@ TOKENS = {  # what is not a word; also keeps words inside links, names and title
     "emphasis": r"!+",
     "happy": r"[哈嘿嘻]{2,}|2?333+|\b(?:ha|he){2,}h?\b|\blo+l\b",
 }
-FILLER = " \t\r\n\u200b\ufeff.。,、…·~:;-—_/\\|()\"'“”‘’@#&*=><【】[]`^"
+# \u00ad to \ufeff show nothing; all other white space counts as filler, too.
+FILLER = " \t\r\n\u00ad\u200b\u200c\u200d\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2060\ufe0f\ufeff.。,、…·~:;-—_/\\|()\"'“”‘’@#&*=><【】[]`^"
 # A leading marker makes a share too; the words after it are the sharer's unless they are quoted from @somebody.
 SHARED = re.compile(r"\s*(?:rt\b|(?:re-?post(?:ing)?|shar(?:ed|ing)(?: this)?|passing this on|fwd|转发?) ?:)")
 FULLWIDTH = str.maketrans("？！，～：；（）［］’＠＃", "?!,~:;()[]'@#")
@@ -87,13 +88,13 @@ class _Rules:
         for name, cues in classes.items():
             for cue in cues:
                 self._add(cue, name)
-                if cue.endswith("?") and name != "question":  # the cue swallows its question mark
+                if cue.endswith(("?", "吗")) and name != "question":  # the cue swallows what asks
                     self._add(cue, "question")
         tokens = "|".join(f"(?P<{name}>{pattern})" for name, pattern in TOKENS.items())
         literals = [cue for cue in self.effects if cue[0] not in "^["]
         self.pattern = re.compile(f"{tokens}|{self._alternation(literals)}")
         # Possessive, so that a long text cannot make the matcher backtrack.
-        own = "|".join((TOKENS["plug"], TOKENS["name"], self._alternation(share), f"[{re.escape(FILLER)}]"))
+        own = "|".join((TOKENS["plug"], TOKENS["name"], self._alternation(share), rf"[\s{re.escape(FILLER)}]"))
         self.no_own_word = re.compile(f"(?:{own})*+")
 
     def _add(self, cue: str, name: str) -> None:
@@ -214,7 +215,7 @@ class LMAnnotator:
 
     score(label) = log p(word | prompt with the post) - log p(word | prompt with the post "N/A"). The second term takes
     out how likely and how long the word is by itself (contextual calibration), so no length normalisation is needed.
-    Worth its price with a large model only. A post enters as one line, cut to 500 characters, so that it cannot leave
+    Worth its price with a large model only. A post enters as one line, cut to 500 characters and half of the backbone's positions, so that it cannot leave
     its place in the prompt; a blank one gets the rules' labels, there being nothing to read.
     """
 
@@ -245,6 +246,8 @@ class LMAnnotator:
         continuations: list[str] = []
         for text in texts:
             post = " ".join(text[:PROMPT_CHARACTERS].split())
+            while len(self.lm.tokenizer.encode(post)) > self.lm.backbone.config.max_positions // 2:
+                post = post[: 3 * len(post) // 4]  # the other half is the question's
             for dimension, labels in DIMENSIONS.items():
                 words = [LABELS_ZH[label] if language == "zh" else label for label in labels]
                 prompt = template.format(question=QUESTIONS[language][dimension], options=comma.join(words), post=post)

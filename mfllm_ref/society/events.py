@@ -26,11 +26,11 @@ HALF_LIFE = 60  # actions: after so many newer ones an action counts half in the
 
 @dataclass(frozen=True, slots=True)
 class Agent:
-    """One author. `profile` is what the policy is told of them (s_i); `reach` is their audience (followers)."""
+    """One author. `profile` is what the policy is told of them (s_i); `reach` is their audience (followers), None if not known."""
 
     id: str
     profile: str = ""
-    reach: float = 0.0
+    reach: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

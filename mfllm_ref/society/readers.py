@@ -39,7 +39,7 @@ def load_events(path: Path | str) -> list[Event]:
     """All events of one file or folder, actions in time order. Raises InputError, and nothing else, for bad data."""
     path = Path(path)
     try:
-        events = list(_detect(path))
+        events = list(_detect(path if path.name else path.absolute()))  # "." has no name, and no folder beside it
     except OSError as error:
         raise InputError(f"{error.filename or path}: {error.strerror or error}") from None
     seen: set[str] = set()
@@ -95,7 +95,7 @@ def _own(data: Any, where: str) -> Event:
         if parent is not None and (type(parent) is not int or not 0 <= parent < len(items) or parent == index):
             raise InputError(f"{here}: 'parent' must be another action's index, not {show(parent)}")
         agent = Agent(text_field(item, "agent", here), text_field(item, "profile", here, default=""),
-                      number_field(item, "reach", here, default=0.0))
+                      None if item.get("reach") is None else number_field(item, "reach", here))
         actions.append(Action(agent, text_field(item, "text", here), number_field(item, "time", here),
                               number_field(item, "popularity", here, default=0.0), parent, _labels(item, here)))
     posts = []
@@ -131,7 +131,7 @@ def write_events(events: Iterable[Event], path: Path | str) -> None:
 def _record(event: Event) -> dict[str, Any]:
     actions = []
     for action in event.actions:
-        optional = {"reach": action.agent.reach or None, "parent": action.parent, "labels": dict(action.labels) or None}
+        optional = {"reach": action.agent.reach, "parent": action.parent, "labels": dict(action.labels) or None}
         actions.append({"agent": action.agent.id, "profile": action.agent.profile, "text": action.text,
                         "time": action.time, "popularity": action.popularity,
                         **{key: value for key, value in optional.items() if value is not None}})
@@ -257,7 +257,8 @@ def _rumoureval(path: Path, stories: Sequence[Path]) -> Iterator[Event]:
                         tweet = an_object(read_json(file), str(file), "a tweet")
                         key = text_field(tweet, "id_str" if "id_str" in tweet else "id", str(file))
                         answered = text_field(tweet, "in_reply_to_status_id_str", str(file), default="")
-                        tweets[key] = (folder.name == "source-tweet", answered,
+                        source = folder.name == "source-tweet" or tweets.get(key, (False,))[0]
+                        tweets[key] = (source, answered,
                                        _tweet(tweet, gold[story.parent].get(key, {}), str(file)))
         ordered = sorted(tweets, key=lambda key: (tweets[key][2].time, len(key), key))  # ids grow with time
         sources = [tweets[key][2].text for key in ordered if tweets[key][0]]
@@ -302,7 +303,7 @@ def _annotations(split: Path) -> dict[str, dict[str, str]]:
 
 def _event(where: str, id: str, topic: str, domain: str, language: Any, actions: Sequence[Action],
            posts: Sequence[PublicPost] = (), facts: Mapping[str, float] = {}) -> Event:
-    """Sorts the actions by time (stably); their parents, positions before the sort, move along with them."""
+    """Sorts the actions by time (stably); their parents and the posts' indices, positions before the sort, move along."""
     text_field({"id": id}, "id", where)  # a file's name may hold what no text may
     if not topic.strip():
         raise InputError(f"{where}: the topic is empty")
@@ -313,7 +314,8 @@ def _event(where: str, id: str, topic: str, domain: str, language: Any, actions:
     order = sorted(range(len(actions)), key=lambda index: actions[index].time)
     place: dict[int | None, int] = {old: new for new, old in enumerate(order)}
     ordered = [replace(actions[old], parent=place.get(actions[old].parent)) for old in order]
-    return Event(id, topic, domain, language, tuple(ordered), tuple(sorted(posts, key=lambda post: post.index)), facts)
+    moved = [replace(post, index=place.get(post.index, post.index)) for post in posts]
+    return Event(id, topic, domain, language, tuple(ordered), tuple(sorted(moved, key=lambda post: post.index)), facts)
 
 
 def _profile(language: str, followers: float, verified: bool, location: str, description: str, gender: str = "") -> str:

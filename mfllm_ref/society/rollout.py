@@ -11,8 +11,10 @@ one world as for a hundred.
 """
 
 import warnings
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 import torch
@@ -150,7 +152,8 @@ class State:
             action = self.world.event.actions[i]
             popularity, parent = action.popularity, action.parent
             if i >= self.real:
-                popularity, parent = action.agent.reach or self.reach.get(action.agent.id, 0.0), None
+                known = action.agent.reach
+                popularity, parent = self.reach.get(action.agent.id, 0.0) if known is None else known, None
             out.append(Seen(self.ids[i], i, action.agent.profile, text, row, popularity, parent))
         return out
 
@@ -169,7 +172,7 @@ class State:
         listed = [(a.profile, a.text) for a in sorted(actions, key=lambda a: (a.text, a.id))]
         if drop and before:
             before, drop = "", drop - 1
-        listed = listed[: len(listed) - max(0, drop - len(posts))]
+        listed = listed[: max(0, len(listed) - max(0, drop - len(posts)))]
         return prompts.mean_field_prompt(event.language, event.topic, posts[drop:], before, listed, self.indices(step).stop)
 
 
@@ -183,27 +186,32 @@ def fitting(
     """The prompts of build(0). One that leaves fewer than its `rooms` of the backbone's positions free is replaced by that of
     build(1), build(2), ..., which tell less and less of the population, until it fits. Raises InputError naming the event where
     not even the shortest does."""
-    limit, texts = lm.backbone.config.max_positions, build(0)
-    out = [_prompt(lm, text, settings) for text in texts]
+    limit, built = lm.backbone.config.max_positions, cache(build)
+    out: list[str | tuple[int, ...]] = [""] * len(rooms)
     for i, room in enumerate(rooms):
-        dropped = 0
-        while _longer(lm, out[i], limit - room):
-            dropped += 1
-            shorter = build(dropped)[i]
-            if shorter == texts[i]:
+
+        def fits(dropped: int) -> bool:
+            out[i] = _prompt(lm, built(dropped)[i], settings)
+            return not _longer(lm, out[i], limit - room)
+
+        low = high = 0  # `low` drops too little; twice as much until it fits, then by bisection
+        while not fits(high):
+            if high and built(high)[i] == built(low)[i]:
                 raise InputError(
                     f"event {show(state.world.event.id)}, method {state.world.method.name}: even the shortest prompt "
                     f"does not fit into the backbone's {limit} positions with {room} tokens to follow"
                 )
+            low, high = high, 2 * high or 1
+        if high:
+            fits(low + 1 + bisect_left(range(low + 1, high), True, key=fits))
             warnings.warn(TOO_LONG, Notice, stacklevel=2)
-            texts[i], out[i] = shorter, _prompt(lm, shorter, settings)
     return out
 
 
 def _longer(lm: LanguageModel, prompt: str | tuple[int, ...], limit: int) -> bool:
-    """Whether a prompt has more than `limit` tokens, with the one that some tokenizers put in front."""
+    """Whether a prompt has more than `limit` tokens, with the one that some tokenizers put in front; none has less than a byte."""
     if isinstance(prompt, str) and len(prompt.encode()) + SPARE <= limit:
-        return False  # no token has less than a byte
+        return False
     return len(lm.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt) + 1 > limit
 
 
@@ -267,8 +275,7 @@ def _score(lm: LanguageModel, twins: Sequence[State], step: int, settings: Setti
     of text included."""
     out = [(0.0, 0)] * len(twins)
     for name in dict.fromkeys(twin.world.method.policy for twin in twins if twin.indices(step)[-1] >= settings.warmup):
-        texts, spoken = list[str | tuple[int, ...]](), list[str]()
-        owners, tokens = list[int](), list[int]()
+        texts, spoken, owners, tokens = list[str | tuple[int, ...]](), list[str](), list[int](), list[int]()
         for k, twin in enumerate(twins):
             future = [i for i in twin.indices(step) if i >= settings.warmup and twin.world.method.policy == name]
             said = [prompts.continuation(twin.world.event.actions[i].text) for i in future]
@@ -372,10 +379,7 @@ def rollout(
         yield Rows(
             [row for state, some, marks in zip(active, texts, labels) for row in _rows(state, step, some, marks, real)],
             [{**_key(s), "step": step + 1, "text": s.mean_field} for s in active if s.guides(step + 1)],
-            [
-                {**_key(twin), "step": step, "nll": nats, "tokens": tokens, "text": twin.mean_field}
-                for twin, (nats, tokens) in zip(forced, scores, strict=True)
-            ],
+            [{**_key(t), "step": step, "nll": x, "tokens": n, "text": t.mean_field} for t, (x, n) in zip(forced, scores, strict=True)],
         )
 
 

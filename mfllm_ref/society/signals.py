@@ -154,7 +154,7 @@ class History:
         self.newest.extend(step)
         # Agents of a step are exchangeable: who is still in the window and who wins a tie must not depend on their order
         # of arrival, nor favour the start of the alphabet.
-        self.window.extend(sorted(step, key=lambda seen: (hashed(seen.text), seen.id)))
+        self.window.extend(sorted(step, key=lambda seen: hashed(seen.id)))
         for seen in step:
             if seen.parent is not None:
                 self.children[seen.parent] = self.children.get(seen.parent, 0) + 1

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from mfllm_ref.society import agora, events, signals
+from mfllm_ref.society import agora, events
 from mfllm_ref.society.events import DIMENSIONS
 from mfllm_ref.society.signals import History, Seen
 

@@ -216,6 +216,9 @@ def test_pretraining_populations_are_weaker_and_varied():
     lambda: agora.true_rollout(agora.event("dev", 0), 301),
     lambda: agora.true_rollout(agora.event("dev", 0), 50, [{"step": 1}]),
     lambda: agora.true_rollout(agora.event("dev", 0), 50, [{"step": "1", "actions": [{"text": "No."}]}]),
+    lambda: agora.true_rollout(agora.event("dev", 0), 50, [{"step": -5, "actions": [{"text": "No."}]}]),
+    lambda: agora.true_rollout(agora.event("dev", 0), 50, [{"step": 1.5, "actions": [{"text": "No."}]}]),
+    lambda: agora.true_rollout(agora.event("dev", 0), 50, [{"step": 1, "actions": [{"text": 5}]}]),
     lambda: agora.true_rollout(dataclasses.replace(agora.event("dev", 0), actions=tuple(
         dataclasses.replace(a, labels={}) for a in agora.event("dev", 0).actions)), 50),
 ])

@@ -3,6 +3,7 @@
 import json
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,12 +29,14 @@ PLAIN_SHARE = dict(rumor="spread", sentiment_state="calm", sentiment_tendency="n
     ("RT @ann: this is fake!! why?", "en"),
     ("“@ann: I am so angry”", "en"), ("Repost", "en"), ("https://t.co/x1", "en"),
     ('"@ann: great news, join us"', "en"), ("MT @ann I disagree", "en"),
+    *((blank, language) for blank in ("\u3000", "\xa0", "\u2028", "\x85", "\x0b", "\u200d\u2060", "\u202e") for language in ("zh", "en")),
 ])
 def test_without_own_words_it_is_a_plain_share(text, language):
     assert annotate(text, language) == PLAIN_SHARE
 
 
 CASES = [
+    ("zh", "真的吗", dict(intent="question")), ("zh", "有证据吗", dict(intent="question")),
     ("zh", "[怒]", dict(sentiment_state="angry", sentiment_tendency="negative", behavior_type="comment")),
     ("zh", "[鼓掌][鼓掌]", dict(sentiment_state="happy", sentiment_tendency="positive", stance="support")),
     ("zh", "[泪][泪]这么年轻", dict(sentiment_state="sad", sentiment_tendency="negative", stance="neutral")),
@@ -180,6 +183,8 @@ class KeywordModel:
 
     def __init__(self, reasons):
         self.reasons, self.calls = reasons, []
+        self.tokenizer = SimpleNamespace(encode=str.encode)
+        self.backbone = SimpleNamespace(config=SimpleNamespace(max_positions=4000))
 
     def log_prob(self, prompts, continuations, worlds=None):
         assert len(prompts) == len(continuations) == len(worlds)
@@ -213,6 +218,15 @@ def test_lm_annotator_keeps_a_post_in_its_place():
     for prompts, _, worlds in lm.calls:
         assert all(len(prompt.splitlines()) == 4 and len(prompt) < 1000 for prompt in prompts)
         assert len(set(zip(worlds, prompts))) == len(set(worlds)) == len(set(prompts))
+
+
+def test_lm_annotator_cuts_a_post_of_many_tokens():
+    """Half of the backbone's positions are the post's: an emoji can be many tokens."""
+    lm = KeywordModel({})
+    lm.backbone.config.max_positions = 600
+    LMAnnotator(lm)(["\U0001f98a" * 300], "en")
+    longest = max(prompt.count("\U0001f98a") for prompts, _, _ in lm.calls for prompt in prompts)
+    assert 50 <= longest <= 75
 
 
 def test_lm_annotator_does_not_depend_on_its_batches_and_reads_no_blank_post():

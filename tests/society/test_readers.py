@@ -30,13 +30,13 @@ def refused(path: Path) -> str:
 # Reading
 
 
-def test_json_lines_sorts_by_time_and_moves_parents_along():
+def test_json_lines_sorts_by_time_and_moves_parents_and_posts_along():
     bridge, teahouse = load_events(FIXTURES / "events.jsonl")
     assert [action.agent.id for action in bridge.actions] == ["ada", "cleo", "ben"]
     assert bridge.actions[2] == Action(Agent("ben", "", 2.0), "That is fake. Source?", 30.5, 7.0, 0,
                                        {"stance": "oppose", "intent": "question"})
-    assert bridge.actions[0].agent.reach == 0.0 and bridge.actions[0].popularity == 3.0  # a post's is not its author's
-    assert bridge.posts == (PublicPost(2, "Town hall: the bridge stays open."),)
+    assert bridge.actions[0].agent.reach is None and bridge.actions[0].popularity == 3.0  # a post's is not its author's
+    assert bridge.posts == (PublicPost(1, "Town hall: the bridge stays open."),)  # seen from what was the third action on
     assert (bridge.topic, bridge.domain, bridge.language) == ("The old bridge is said to close.", "news", "en")
     assert [action.agent.id for action in teahouse.actions] == ["甲", "乙"]  # tied times keep their order
     assert teahouse.language == "zh" and teahouse.actions[1].parent is None and teahouse.posts == ()

@@ -55,12 +55,13 @@ def test_every_action_of_every_world_has_one_row(result, event):
 
 def test_a_simulated_action_has_its_authors_reach(event):
     """Where none is given, the popularity of what they did in the warm-up, and nothing else is known of later posts."""
-    known, unknown = (Agent(name, reach=reach) for name, reach in (("known", 5.0), ("unknown", 0.0)))
+    known, unknown = (Agent(name, reach=reach) for name, reach in (("known", 5.0), ("unknown", None)))
     actions = [Action(agent, "x", float(i), 9.0 + i) for i, agent in enumerate((known, unknown) * 10)]
+    actions[15] = replace(actions[15], agent=Agent("unknown", reach=0.0))  # given, so it counts
     state = State(World(replace(event, actions=tuple(actions), posts=()), METHODS["popular"], 0), SETTINGS, {})
     labels = ANNOTATE(["x"] * 8, "en")
     popularity = [seen.popularity for seen in state.seen(1, ["x"] * 8, labels)]
-    assert popularity == [17.0, 18.0, 19.0, 20.0, 5.0, 20.0, 5.0, 20.0], "four real ones, then simulated ones"
+    assert popularity == [17.0, 18.0, 19.0, 20.0, 5.0, 20.0, 5.0, 0.0], "four real ones, then simulated ones"
 
 
 def test_the_warm_up_is_real_byte_for_byte(result):
@@ -265,6 +266,6 @@ def test_a_prompt_that_is_too_long_tells_less_of_the_oldest(random_lm, event, mo
 
 def test_an_event_whose_shortest_prompt_does_not_fit_is_refused(random_lm, event, monkeypatch):
     _few_positions(random_lm, monkeypatch, 40)
-    with pytest.warns(UserWarning), pytest.raises(InputError, match=f"{event.id!r}, method recent: .* 40 positions") as error:
+    with pytest.raises(InputError, match=f"{event.id!r}, method recent: .* 40 positions") as error:
         run(random_lm, worlds(event, methods=[METHODS["recent"]]))
     assert "\n" not in str(error.value)

@@ -115,3 +115,14 @@ def test_popular_counts_reach_and_known_answers_among_the_last_thirty():
     # 0 is out of the window; 3 has ten answers, 12 a reach of log(51) = 3.9, 15 three answers; then the newest step's.
     lines = history.signal("popular", "en").lines
     assert lines[:3] == ("text 3", "text 12", "text 15") and set(lines[3:]) < {f"text {i}" for i in range(20, 31)}
+
+
+def test_no_text_wins_ties_for_being_that_text():
+    """Where nobody's reach or answers are known, what is popular is a fair draw from the newest step."""
+    won = np.zeros(10)
+    for event in range(300):
+        history = History(10)
+        history.update([seen(_labels(), k, id=f"{event}#{k}") for k in range(10)])
+        for line in history.signal("popular", "zh").lines:
+            won[int(line.split()[1])] += 1
+    assert won.sum() == 1500 and won.min() > 110 and won.max() < 190  # 150 each, standard deviation 8.7
