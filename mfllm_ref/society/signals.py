@@ -153,8 +153,9 @@ class History:
             return
         self.newest.extend(step)
         # Agents of a step are exchangeable: who is still in the window and who wins a tie must not depend on their order
-        # of arrival, nor favour the start of the alphabet.
-        self.window.extend(sorted(step, key=lambda seen: hashed(seen.id)))
+        # of arrival, nor favour the same text, an empty one say, in step after step.
+        salt = min((seen.id for seen in step if seen.index is not None), default="")
+        self.window.extend(sorted(step, key=lambda seen: (hashed(salt, seen.text), seen.id)))
         for seen in step:
             if seen.parent is not None:
                 self.children[seen.parent] = self.children.get(seen.parent, 0) + 1

@@ -57,7 +57,7 @@ MUTANTS = [
            "sorted(action.text for action in actions[: settings.warmup])",
            "[action.text for action in state.world.event.actions[: settings.warmup]]"),
     Mutant(FIELD + "test_a_population_is_told_the_same_in_whatever_order_its_steps_came", History.update,
-           "sorted(step, key=lambda seen: (hashed(seen.text), seen.id))", "step"),
+           "sorted(step, key=lambda seen: (hashed(salt, seen.text), seen.id))", "step"),
     # (2) conditional independence
     Mutant(FIELD + "test_a_world_does_not_depend_on_the_worlds_beside_it", rollout._act,
            "seeds += noise",
@@ -114,7 +114,7 @@ MUTANTS = [
            ".weight = weight", ".weight = nn.Parameter(weight + 0, requires_grad=False)"),
     # words, files and tokenizers
     Mutant(PARTS + "test_shares_in_words_are_read_back", signals.verbalise, "{value:02d}", "{value // 10}0"),
-    Mutant(PARTS + "test_events_are_read_as_they_were_written", readers._record, "action.agent.reach or None", "None"),
+    Mutant(PARTS + "test_events_are_read_as_they_were_written", readers._record, "action.agent.reach,", "None,"),
     Mutant(PARTS + "test_the_tiny_tokenizer_decodes_what_it_encoded", tokenizer.Tokenizer.decode_batch,
            "[list(ids) for ids in batch]", "[list(ids[:-1]) for ids in batch]"),
     Mutant(PARTS + "test_no_text_gives_a_special_or_added_id", tokenizer._Json.encode, "self.plain if", "self.full if"),

@@ -233,7 +233,7 @@ def events(draw):
     count = draw(st.integers(2, 4))
     number, labels = st.floats(0, 1e9), st.fixed_dictionaries({}, optional={k: st.sampled_from(v) for k, v in DIMENSIONS.items()})
     actions = tuple(
-        Action(Agent(draw(WORDS), draw(WORDS), draw(number)), draw(WORDS), float(i), draw(number),
+        Action(Agent(draw(WORDS), draw(WORDS), draw(st.none() | number)), draw(WORDS), float(i), draw(number),
                draw(st.none() | st.integers(0, count - 1).filter(lambda k, i=i: k != i)), draw(labels))
         for i in range(count)
     )  # fmt: skip

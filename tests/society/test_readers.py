@@ -145,7 +145,7 @@ def events(draw):
     actions = []
     for index, time in enumerate(times):
         parent = draw(st.none() | st.integers(0, count - 1).filter(lambda number: number != index))
-        actions.append(Action(Agent(draw(texts), draw(texts), draw(numbers)), draw(texts), time, draw(numbers), parent,
+        actions.append(Action(Agent(draw(texts), draw(texts), draw(st.none() | numbers)), draw(texts), time, draw(numbers), parent,
                               draw(labels)))
     posts = draw(st.lists(st.builds(PublicPost, st.integers(0, count), texts), max_size=2))
     posts.sort(key=lambda post: post.index)
