@@ -116,12 +116,13 @@ def pretraining(args: argparse.Namespace, data: Path | None, out: Path, common: 
     if events is not None:
         tuning.check_ids(events, args.leave_out)
         record["sha256"] |= simulation.digests(data, events)
+    reading = pretrain.corpora(events, args.batch, common["half_life"], settings["leave_out"])
     with runs.open_run(out, record, args.resume) as run:
         if run.finished:
             doors.say(f"{out} is finished")
             return
         started = time.perf_counter()
-        result = pretrain.run(run, settings, events, device, doors.progress(out))
+        result = pretrain.run(run, settings, *reading, device, doors.progress(out))
         report.loss_curve(list(runs.read_json_lines(out / "log.jsonl")), out / "loss.png")
         run.complete(**result)
         doors.say(f"{out}: {result['parameters'] / 1e6:.1f} M parameters in {time.perf_counter() - started:.0f} s")

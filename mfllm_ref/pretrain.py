@@ -303,12 +303,14 @@ def corpora(
     return corpus, [Past(event, annotate, batch, half_life) for event in long[:HELD_OUT]]
 
 
-def run(run: Run, settings: Mapping[str, Any], events: Sequence[Event] | None, device: torch.device, progress: bool) -> dict:
-    """Pretrain in an open run folder, or go on there: log.jsonl and a Hugging Face style folder of the backbone.
+def run(
+    run: Run, settings: Mapping[str, Any], corpus: Corpus, held_out: Sequence[Past], device: torch.device, progress: bool
+) -> dict:
+    """Pretrain in an open run folder on what `corpora` gives, or go on there: log.jsonl and a Hugging Face style folder of the
+    backbone.
 
     Returns {"parameters", "response": {dimension: slope}}. Raises InputError where the loss is no longer finite.
     """
-    corpus, held_out = corpora(events, settings["batch"], settings["half_life"], settings["leave_out"])
     if not (run.out / "tokenizer.json").exists():
         trained = train_tokenizer(sample_texts(corpus, TOKENIZER_DOCUMENTS, settings["seed"]), SHAPES[settings["shape"]].vocab)
         for name, content in tokenizer_files().items():

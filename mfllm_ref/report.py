@@ -290,7 +290,8 @@ def information_plane(points: Sequence[Mapping[str, float]], untuned: Mapping[st
         axis.set_title("The information plane", loc="left")
         axis.margins(0.15)
         axis.set_xlim(0, 1.15 * max(point["kl"] for point in (untuned, *points)))
-        axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
+        low, high = axis.get_ylim()
+        axis.set_ylim(min(0, low), max(0, high))
         _plain(axis)
         _save(page, path)
 

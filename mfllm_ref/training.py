@@ -1,6 +1,7 @@
 """What every training loop needs: a state to resume from, one safetensors file written whole or not at all, and errors that say
 at which step a number stopped being finite."""
 
+import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -59,7 +60,16 @@ def load_optimizer_tensors(optimizers: Sequence[torch.optim.Optimizer], tensors:
 def save_state(path: Path, facts: Mapping, **groups: Mapping[str, Tensor]) -> None:
     """Write groups of named tensors, and `facts` (JSON), as one file."""
     tensors = {f"{group}:{name}": t.detach().cpu().contiguous() for group, some in groups.items() for name, t in some.items()}
-    write_bytes(path, safetensors.torch.save(tensors, {"facts": json.dumps(facts)}))
+    said = json.dumps(facts)
+    write_bytes(path, safetensors.torch.save(tensors, {"facts": said, "sha256": _digest(said, tensors)}))
+
+
+def _digest(facts: str, tensors: Mapping[str, Tensor]) -> str:
+    whole = hashlib.sha256(facts.encode())
+    for name, tensor in sorted(tensors.items()):
+        whole.update(f"\n{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        whole.update(tensor.reshape(-1).view(torch.uint8).numpy() if tensor.numel() else b"")
+    return whole.hexdigest()
 
 
 def load_state(path: Path, device: torch.device) -> tuple[dict, dict[str, dict[str, Tensor]]] | None:
@@ -67,12 +77,16 @@ def load_state(path: Path, device: torch.device) -> tuple[dict, dict[str, dict[s
     if not path.exists():
         return None
     try:
-        with safetensors.safe_open(path, "pt", device=str(device)) as file:
-            facts = json.loads(file.metadata()["facts"])
-            groups: dict[str, dict[str, Tensor]] = {}
-            for key in file.keys():
-                group, _, name = key.partition(":")
-                groups.setdefault(group, {})[name] = file.get_tensor(key)
+        with safetensors.safe_open(path, "pt") as file:
+            said = file.metadata()
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+        if said["sha256"] != _digest(said["facts"], tensors):
+            raise ValueError("not what was written")
+        facts = json.loads(said["facts"])
     except (OSError, ValueError, TypeError, KeyError, RecursionError, safetensors.SafetensorError) as error:
         raise InputError(f"{path}: damaged, cannot resume ({type(error).__name__})") from None
+    groups: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        group, _, name = key.partition(":")
+        groups.setdefault(group, {})[name] = tensor.to(device)
     return facts, groups

@@ -111,7 +111,8 @@ def choose_events(
         kept = list(data) if pretrained is None else pretraining_part(data, pretrained)[1]
         read = len(data) - len(kept)
         kept = [event for event in kept if event.id not in leave_out and len(event.actions) > 2 * batch]
-        kept.sort(key=lambda event: hashed("selection", event.id))
+        # Those too short to select stand last.
+        kept.sort(key=lambda event: (len(event.actions) <= DEV_STEPS[0] * batch, hashed("selection", event.id)))
         cut = max(1, len(kept) // 5)
         held, fitted = kept[:cut], kept[cut:]
         if not fitted:
@@ -128,15 +129,19 @@ def choose_events(
 
 def check_room(lm: LanguageModel, pasts: Sequence[Past], todo: Sequence[Job], summary_tokens: int) -> None:
     """InputError naming an event of which a prompt and what follows may not fit into the backbone's positions: tuning leaves
-    nothing out of a prompt. Looks at the longest prompts, in characters, of each event."""
+    nothing out of a prompt. Looks at the longest prompts, in bytes, of each event; the summary before may be one that was sampled
+    or the words of the exact shares."""
+    if lm.tokenizer.end_id is None:
+        raise InputError("the checkpoint names no end of text token, with which actions are scored")
     kinds, limit = {job.signal for job in todo if job.signal in KINDS}, lm.backbone.config.max_positions
     for past in pasts:
         steps = range(past.steps)
         documents = [past.told(step, told) for step in steps for told in (None, *(past.signals[step][k] for k in kinds))]
-        acts = (document.prefix + max(("".join(branch) for branch in document.branches), key=len) for document in documents)
+        acts = (document.prefix + max(("".join(branch) for branch in document.branches), key=lambda text: len(text.encode())) for document in documents)
         sums_up = (past.summarise(step, "") for step in steps[:-1])
-        for prompt, room in ((max(acts, key=len), summary_tokens + 1), (max(sums_up, key=len), 2 * summary_tokens)):
-            if (length := len(lm.tokenizer.encode(prompt))) + room > limit:
+        before = max(summary_tokens, *map(len, lm.tokenizer.encode_batch([past.population[step] for step in steps])))
+        for prompts, room in ((acts, before + 1), (sums_up, before + summary_tokens)):
+            if (length := len(lm.tokenizer.encode(max(prompts, key=lambda prompt: len(prompt.encode()))))) + room > limit:
                 raise InputError(
                     f"event {show(past.event.id)}: a prompt of {length} tokens and --summary-tokens {summary_tokens} are more than "
                     f"the backbone's {limit} positions hold"

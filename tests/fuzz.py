@@ -42,7 +42,7 @@ from mfllm_ref.lm.lora import Adapters
 from mfllm_ref.lm.tokenizer import Tokenizer
 from mfllm_ref.society import agora
 from mfllm_ref.society.readers import load_events, write_events
-from mfllm_ref.training import load_state
+from mfllm_ref.training import load_state, save_state
 
 SECONDS, MEMORY = 10, 2**30  # an input may take so long; so much memory beyond what the process holds
 chat.PATIENCE = SECONDS / 2
@@ -133,7 +133,7 @@ def targets(place: Path) -> dict[str, Target]:
     record = {"settings": {"seed": 0}, "sha256": {"weights": "ab"}}
     with runs.open_run(place / "run", record) as run:
         run.lines("rows.jsonl").append([{"n": 1}, {"n": 2}])
-    safetensors.torch.save_file({"adapter:0": torch.zeros(2)}, place / "run" / "state.safetensors", {"facts": '{"step": 1}'})
+    save_state(place / "run" / "state.safetensors", {"step": 1}, adapter={"0": torch.zeros(2)})
 
     def resume(folder: Path) -> None:
         with runs.open_run(folder, record, resume=True) as run:

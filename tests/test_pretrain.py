@@ -251,7 +251,7 @@ def test_a_pretrained_folder_loads_in_transformers_and_a_killed_run_resumes_to_t
         code, _, said = door(*options, "--out", tmp_path / "cut")
     assert code == 130 and f"--out {tmp_path / 'cut'} --resume" in said
     code, _, said = door(*options, "--resume")
-    assert code == 2 and "--resume: name the folder" in said
+    assert code == 2 and "--resume needs --out" in said
     assert not (tmp_path / "cut" / "model.safetensors").exists()
     code, _, said = door(*options, "--seed", 1, "--out", tmp_path / "cut", "--resume")
     assert code == 2 and "seed" in said

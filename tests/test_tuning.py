@@ -1,4 +1,5 @@
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 
@@ -85,6 +86,9 @@ def test_events_that_select_are_not_tuned_on(data):
         tuning.choose_events(short, [], None, 10, ANNOTATE)
     with pytest.raises(InputError, match="--leave-out nobody"):
         tuning.choose_events(events, ["nobody"], None, 10, ANNOTATE)
+    ids = [past.event.id for past in dev]
+    cut = [replace(event, actions=event.actions[:25]) if event.id in ids else event for event in events]
+    assert not {past.event.id for past in tuning.choose_events(cut, [], None, 10, ANNOTATE)[1]} & set(ids), "too short to select"
 
 
 @pytest.mark.parametrize(("pretrained_on", "pretrained"), [("the same", ["a"]), ("other data", None), (None, None)])
@@ -329,3 +333,19 @@ def test_an_adapter_for_another_backbone_is_refused_by_name_and_shape(options, t
     other.save_adapter("mean-field", tmp_path / "mean-field")
     code, _, errors = door(*options, "--stage", "policy", "--mean-field-adapter", tmp_path / "mean-field", "--out", tmp_path / "out")
     assert code == 2 and "q_proj" in errors and "192" in errors and len(errors.splitlines()) == 1
+
+
+def test_what_may_not_fit_is_refused_before_tuning(monkeypatch, random_lm):
+    """By bytes, not characters: a step of emoji beside longer ASCII posts. The summary before may be the exact shares' words."""
+    event = agora.event("train", 0)
+    many = [replace(action, text="\U0001f98a" * 40) for action in event.actions[10:20]]
+    past = Past(replace(event, id="emoji", actions=(*event.actions[:10], *many, *event.actions[20:60])), ANNOTATE, 10)
+    encode, jobs = random_lm.tokenizer.encode, tuning.jobs("mean-field", None, (1, 1), [1.0])
+    longest = max(len(encode(past.summarise(step, ""))) for step in range(past.steps - 1))
+    told = max(len(encode(text)) for text in past.population)
+    for summary_tokens in (8, told + 50):
+        fits = longest + max(told, summary_tokens) + summary_tokens
+        for positions in (fits, fits - 1):
+            monkeypatch.setattr(random_lm.backbone, "config", replace(random_lm.backbone.config, max_positions=positions))
+            with nullcontext() if positions == fits else pytest.raises(InputError, match="event 'emoji': a prompt of .* more than the"):
+                tuning.check_room(random_lm, [past], jobs, summary_tokens)
