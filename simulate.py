@@ -65,13 +65,12 @@ def parser() -> doors.Parser:
 
 def main() -> None:
     args = parser().parse_args()
-    from mfllm_ref import metrics, report, runs
-
     out = doors.place(args)
-    from mfllm_ref import simulation  # imported late: torch takes a second or two, and errors above should come at once
-    from mfllm_ref.lm import LanguageModel
-    from mfllm_ref.society.annotate import LMAnnotator, RuleAnnotator
-    from mfllm_ref.society.rollout import Settings, World
+    with doors.interrupted_after():  # imported late: torch takes a second or two, and errors above should come at once
+        from mfllm_ref import metrics, report, runs, simulation
+        from mfllm_ref.lm import LanguageModel
+        from mfllm_ref.society.annotate import LMAnnotator, RuleAnnotator
+        from mfllm_ref.society.rollout import Settings, World
 
     threads = doors.threads(args)
     device, dtype = doors.device_and_dtype(args, training=False)

@@ -87,8 +87,9 @@ def parser() -> doors.Parser:
 
 
 def pretraining(args: argparse.Namespace, data: Path | None, out: Path, common: dict) -> None:
-    from mfllm_ref import pretrain, ranks, report, runs, simulation, tuning
-    from mfllm_ref.society.readers import load_events
+    with doors.interrupted_after():
+        from mfllm_ref import pretrain, ranks, report, runs, simulation, tuning
+        from mfllm_ref.society.readers import load_events
 
     dropout = (0.15 if args.data else 0.0) if args.dropout is None else args.dropout
     settings = {
@@ -131,13 +132,14 @@ def pretraining(args: argparse.Namespace, data: Path | None, out: Path, common: 
 
 
 def tuning(args: argparse.Namespace, data: Path | None, out: Path, common: dict) -> None:
-    from mfllm_ref import ib_tune, report, runs, simulation, tuning
-    from mfllm_ref.fields import a_list
-    from mfllm_ref.lm import LanguageModel
-    from mfllm_ref.society import rollout
-    from mfllm_ref.society.annotate import RuleAnnotator
-    from mfllm_ref.society.readers import load_events
-    from mfllm_ref.society.response import LEVELS, WATCHED
+    with doors.interrupted_after():
+        from mfllm_ref import ib_tune, report, runs, simulation, tuning
+        from mfllm_ref.fields import a_list
+        from mfllm_ref.lm import LanguageModel
+        from mfllm_ref.society import rollout
+        from mfllm_ref.society.annotate import RuleAnnotator
+        from mfllm_ref.society.readers import load_events
+        from mfllm_ref.society.response import LEVELS, WATCHED
 
     device, dtype = doors.device_and_dtype(args)
     # The default takes about eight minutes on two cores; ten are allowed.
@@ -199,6 +201,8 @@ def tuning(args: argparse.Namespace, data: Path | None, out: Path, common: dict)
         if plane:
             result["plane"], result["untuned"] = tuning.information_plane(lm, dev, settings, todo, reward, "sft")
             report.information_plane(result["plane"], result["untuned"], out / "information_plane.png")
+            points = [{"beta": "untuned"} | result["untuned"], *result["plane"]]
+            doors.say(report.markdown([["beta", "KL, nats a step", "gain"], *([p["beta"], f"{p['kl']:.2f}", f"{p['gain']:.2f}"] for p in points)]))
         policies = [job.name for job in todo if job.signal in ("mean-field", "empirical")]
         if policies:
             curves = tuning.responses(lm, dev, annotate, policies[0], known=data is None)
@@ -212,6 +216,7 @@ def tuning(args: argparse.Namespace, data: Path | None, out: Path, common: dict)
             measured = tuning.compare(lm, dev, annotate, ("state", "persistence", "mf-llm-no-ib", "mf-llm"), args.seed, plan)
             if measured:
                 doors.say(report.table(measured))
+                doors.say("before tuning: mf-llm-no-ib; after: mf-llm")
                 result["kl"] = {name: entry["kl"]["mean"] for name, entry in measured["methods"].items()}
             else:
                 doors.say("no table before and after: no dev event has over 100 actions")

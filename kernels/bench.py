@@ -147,7 +147,7 @@ def models(kernels: tuple[str, ...], devices: tuple[str, ...]) -> list[dict]:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line: exit code 0, 2 for bad arguments, 130 on Ctrl-C, with what was measured until then in FILE."""
-    parser = _Parser(prog="python -m kernels.bench", description=__doc__.split("\n\n")[0])
+    parser = _Parser(prog="python -m kernels.bench", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("kernel", nargs="?", choices=("agent_attention", "ib_loss"), help="default: both")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every row here too, a shape at a time")
     options = parser.parse_args(arguments)
@@ -172,8 +172,16 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _save(run: dict, path: Path | None) -> None:
-    if path is not None:
-        path.write_text(json.dumps(run, indent=1) + "\n")
+    if path is None:
+        return
+    beside = path.with_name(f".{path.name}.part") if path.is_file() else path  # a file whole or not at all; a device as it is
+    try:
+        beside.write_text(json.dumps(run, indent=1) + "\n")
+        os.replace(beside, path)
+    except OSError as error:
+        if beside != path:
+            beside.unlink(missing_ok=True)
+        raise OSError(f"{path}: {error.strerror}") from error
 
 
 def _measured(run: dict, kernels: tuple[str, ...]) -> Iterator[None]:

@@ -76,7 +76,9 @@ def _part(folder: Path, record: Mapping) -> _Part:
         if not all(type(seed) is int for _, _, seed in worlds):
             raise ValueError("a seed of trajectory.jsonl is not a whole number")
         likelihood = list(_rows(folder / "likelihood.jsonl"))
-        simulation.nll(likelihood)
+        scored = simulation.nll(likelihood)
+        if not scored.keys() >= {method for method, entry in own["methods"].items() if entry["nll"] is not None}:
+            raise ValueError("likelihood.jsonl lacks rows")
         if not all(row["event"] in counts for row in likelihood):
             raise ValueError("likelihood.jsonl has rows of other events")
         floor = np.array([own["floor"][dimension] for dimension in metrics.LABELS], dtype=float)
@@ -162,7 +164,7 @@ def headline(whole: Mapping) -> str:
 
 
 def main() -> None:
-    parser = Parser(prog="python -m mfllm_ref.combine", description=__doc__.split("\n\n")[0])
+    parser = Parser(prog="python -m mfllm_ref.combine", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a finished folder of simulate.py")
     whole, by_run = combine(parser.parse_args().runs)
     say(table(whole, by_run))

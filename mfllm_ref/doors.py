@@ -3,7 +3,10 @@
 import argparse
 import io
 import os
+import re
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -114,7 +117,8 @@ def threads(args: argparse.Namespace) -> int:
     """
     for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # read when the first product is made
         os.environ.setdefault(cache, str(KEPT_SHAPES))
-    import torch
+    with interrupted_after():
+        import torch
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     count = args.threads or max(1, cores // ranks.local_size())
@@ -167,7 +171,24 @@ def _notices(name: str) -> Iterator[None]:
 def own_adapters(backbone: Path) -> Path | None:
     """The committed adapters, for the backbone that they were tuned on."""
     own = CHECKPOINTS / "tiny-adapters"
-    return own if own.is_dir() and backbone.resolve() == (CHECKPOINTS / "tiny").resolve() else None
+    return own if own.is_dir() and os.path.realpath(backbone) == os.path.realpath(CHECKPOINTS / "tiny") else None
+
+
+@contextmanager
+def interrupted_after() -> Iterator[None]:
+    """Within, Ctrl-C waits for the end: packages that it hits while they are imported lose it, or stay half imported."""
+    held: list[int] = []
+    usual = signal.getsignal(signal.SIGINT)
+    mine = threading.current_thread() is threading.main_thread() and callable(usual)
+    if mine:
+        signal.signal(signal.SIGINT, lambda number, _: held.append(number))
+    try:
+        yield
+    finally:
+        if mine:
+            signal.signal(signal.SIGINT, usual)
+    if held:
+        raise KeyboardInterrupt
 
 
 def place(args: argparse.Namespace) -> Path:
@@ -209,9 +230,13 @@ def run_door(name: str, main: Callable[[], None]) -> int:
         code, said = 2, str(error)
     except FloatingPointError as error:  # weights that overflow: no NaN goes on into a file
         code, said = 2, f"{error} (damaged weights, or a --dtype too narrow for them)"
+    except (MemoryError, RuntimeError) as error:
+        if not (isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", str(error))):
+            raise
+        code, said = 2, f"out of memory ({str(error).splitlines()[0][:200] if str(error) else 'a smaller run may fit'})"
     except (KeyboardInterrupt, ranks.Lost) as error:
         code, why = (130, "interrupted") if isinstance(error, KeyboardInterrupt) else (1, "another process of this job has ended")
         said = "; ".join([why, *getattr(error, "__notes__", [])])
     if ranks.first_to_report() and sys.stderr is not None:
-        print(f"{name}: {said}", file=sys.stderr)
+        print(f"{name}: {' '.join(said.split())}", file=sys.stderr)
     return code

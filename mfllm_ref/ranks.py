@@ -32,7 +32,7 @@ class Lost(BaseException):
 def job() -> Iterator[None]:
     """Within it this process belongs to those that torchrun started with it (gloo for what is on the CPU, nccl for CUDA), if
     it started this one at all. Only rank 0 prints."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or "TORCHELASTIC_RUN_ID" not in os.environ:
+    if int(os.environ.get("WORLD_SIZE") or 1) == 1 or "TORCHELASTIC_RUN_ID" not in os.environ:
         yield
         return
     global _rank, _size, _store

@@ -195,7 +195,7 @@ class Run:
     def __init__(self, out: Path, record: dict) -> None:
         self.out, self.record = out, record
         self.files: list[JsonLines] = []
-        self._began = time.monotonic() - record.get("wall_time", 0.0)  # an interrupted run's time counts on
+        self._began = time.monotonic() - (record.get("wall_time") or 0.0)  # an interrupted run's time counts on
 
     @property
     def finished(self) -> bool:

@@ -26,7 +26,8 @@ from mfllm_ref.lm.checkpoint import load_backbone
 from mfllm_ref.society import agora, prompts
 from mfllm_ref.society.annotate import RuleAnnotator
 from mfllm_ref.society.events import Event
-from mfllm_ref.society.rollout import METHODS, Settings, World
+from mfllm_ref.society.methods import METHODS
+from mfllm_ref.society.rollout import Settings, World
 
 FITTED_FROM = 1000  # agents: below, starting costs hide how a run scales
 

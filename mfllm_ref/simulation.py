@@ -15,24 +15,20 @@ from tqdm import tqdm
 
 from mfllm_ref import metrics, ranks
 from mfllm_ref.errors import InputError
-from mfllm_ref.fields import a_list, read_json, text_field
+from mfllm_ref.fields import a_list, number_field, read_json, text_field
 from mfllm_ref.lm import LanguageModel, lora
 from mfllm_ref.lm.checkpoint import INDEX
 from mfllm_ref.runs import RUN_FILE, Run, read_json_lines, sha256
 from mfllm_ref.society import agora, prompts
 from mfllm_ref.society.events import Event
+from mfllm_ref.society.methods import METHODS, Method
 from mfllm_ref.society.readers import load_events
 from mfllm_ref.society.rollout import (
-    METHODS, Annotator, Intervention, Method, Rows, Settings, State, World, complete_steps, fitting, horizon, rollout,
+    Annotator, Intervention, Rows, Settings, State, World, complete_steps, fitting, horizon, rollout,
 )  # fmt: skip
 
 # What a run without arguments simulates: one event of each domain, one window of 60 actions behind the warm-up.
 BUILT_IN_EVENTS, BUILT_IN_AGENTS = 7, 110
-KEYS = {  # that a row of a run's files has
-    "trajectory": ("event", "method", "seed", "step", "index", "phase", "text", "labels", "real_labels"),
-    "mean_field": ("event", "method", "seed", "step", "text"),
-    "likelihood": ("event", "method", "seed", "step", "nll", "tokens", "text"),
-}
 CONTINUATIONS = 4  # true continuations that agora's floor and true effect are means of
 
 
@@ -107,6 +103,8 @@ def find_adapters(folder: Path | None, given: Mapping[str, Path | None]) -> dict
             found[name] = path
         elif given.get(name):  # refused even where no method asks for it
             raise InputError(f"--{name}-adapter {path}: holds no adapter_config.json")
+    if folder is not None and not found:
+        raise InputError(f"--adapters {folder}: holds no adapter, neither policy/ nor mean-field/ nor that of another method")
     return found
 
 
@@ -169,8 +167,10 @@ def roll_out(
     files = [run.lines(name) for name in names]
     for file in files:
         for number, row in enumerate(file, 1):
-            if lacking := [key for key in KEYS.get(file.path.name.split("-")[0].removesuffix(".jsonl"), ()) if key not in row]:
-                raise InputError(f"{file.path}:{number}: damaged, cannot resume (a row without {lacking[0]!r})")
+            try:
+                _check(row, file.path)
+            except (KeyError, TypeError, ValueError) as error:
+                raise InputError(f"{file.path}:{number}: damaged, cannot resume ({type(error).__name__}: {error})") from None
     done = Rows(*files)  # read from the disk as they are replayed
     for file, count in zip(files, complete_steps(worlds, settings, done.counts(), likelihood)[1]):
         file.keep(count)
@@ -185,6 +185,20 @@ def roll_out(
             bar.update(_spoken(rows.trajectory))
     ranks.gather(None)  # the files are whole for all who read them
     return written, time.perf_counter() - started
+
+
+def _check(row: Mapping, path: Path) -> None:
+    """KeyError, TypeError or ValueError where a row of an earlier run cannot be counted or measured; which one it is, `rollout`
+    checks."""
+    if not {"event", "method", "seed", "step"} <= row.keys() or row["method"] not in METHODS:
+        raise ValueError("names no world and step")
+    if path.name.startswith("trajectory"):
+        metrics.encode([row["labels"], row["real_labels"]])
+        if row["phase"] not in ("warmup", "rollout"):
+            raise ValueError(f"phase {row['phase']!r:.40}")
+    if path.name.startswith("likelihood"):
+        for key in ("nll", "tokens"):
+            number_field(row, key, str(path))
 
 
 def _spoken(rows: Iterable[Mapping]) -> int:

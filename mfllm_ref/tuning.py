@@ -22,9 +22,10 @@ from mfllm_ref.runs import Run, write_json
 from mfllm_ref.society import agora, rollout
 from mfllm_ref.society.corpus import KINDS, Past, pretraining_part
 from mfllm_ref.society.events import HALF_LIFE, Event, hashed
+from mfllm_ref.society.methods import METHODS
 from mfllm_ref.society.prompts import Signal
 from mfllm_ref.society.response import response_curves, slope, true_response
-from mfllm_ref.society.rollout import METHODS, Annotator
+from mfllm_ref.society.rollout import Annotator
 from mfllm_ref.training import STATE, at, finite, load_optimizer_tensors, load_state, optimizer_tensors, save_state
 
 MEAN_FIELD, POLICY = "mean-field", "policy"
@@ -123,7 +124,7 @@ def choose_events(
             )
     tuned, dev = ([Past(event, annotate, batch, half_life) for event in some] for some in (fitted, held[:DEV_EVENTS]))
     if all(past.steps <= DEV_STEPS[0] for past in dev):
-        raise InputError(f"an empty split: no event to select on has over {DEV_STEPS[0]} steps of actions")
+        raise InputError(f"an empty split: no event to select on has over {DEV_STEPS[0]} steps of --batch {batch} actions")
     return tuned, dev
 
 

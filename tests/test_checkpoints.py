@@ -15,8 +15,8 @@ from mfllm_ref.lm import LanguageModel
 from mfllm_ref.society import agora, prompts
 from mfllm_ref.society.annotate import RuleAnnotator
 from mfllm_ref.society.corpus import Past
+from mfllm_ref.society.methods import METHODS
 from mfllm_ref.society.response import response_curves, slope
-from mfllm_ref.society.rollout import METHODS
 from mfllm_ref.society.signals import parse
 
 TINY = Path(__file__).resolve().parents[1] / "checkpoints" / "tiny"

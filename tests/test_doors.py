@@ -129,3 +129,35 @@ def test_a_doors_first_import_is_quick():
     """What it needs before it can hear Ctrl-C: none of the packages that take a tenth of a second or more."""
     code = "import sys; from mfllm_ref import doors; print(sorted({'numpy', 'torch', 'matplotlib', 'jinja2', 'tqdm'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+HELD = """
+import os, signal, sys
+from mfllm_ref import doors
+def main():
+    with doors.interrupted_after():
+        os.kill(os.getpid(), signal.SIGINT)
+        print("imported whole", file=sys.stderr)
+    print("not reached", file=sys.stderr)
+sys.exit(doors.run_door("simulate.py", main))
+"""
+
+
+def test_an_interruption_waits_for_imports():
+    """A package that Ctrl-C hits while it is imported may swallow it, or stay half imported."""
+    done = subprocess.run([sys.executable, "-c", HELD], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "imported whole\nsimulate.py: interrupted\n")
+
+
+@pytest.mark.parametrize("error", ['MemoryError()', 'RuntimeError("DefaultCPUAllocator: can\'t allocate memory: 9 bytes\\nat x")'])
+def test_no_memory_is_one_line(error):
+    code = f"import sys\nfrom mfllm_ref import doors\ndef main(): raise {error}\nsys.exit(doors.run_door('train.py', main))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("train.py: out of memory (") and done.stderr.count("\n") == 1
+    other = subprocess.run([sys.executable, "-c", code.replace(error, 'RuntimeError("else")')], capture_output=True, text=True)
+    assert other.returncode == 1 and "Traceback" in other.stderr, "a fault of the program's own is not hidden"
+
+
+def test_a_loop_of_links_is_no_backbone_of_ours(tmp_path):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    assert doors.own_adapters(tmp_path / "loop") is None

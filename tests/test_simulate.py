@@ -127,6 +127,19 @@ def test_the_same_settings_give_the_same_bytes(finished, door, tmp_path):
     assert bare[0] == bare[1]
 
 
+DAMAGES = [
+    ("trajectory.jsonl", lambda rows: rows.insert(3, {})),
+    ("trajectory.jsonl", lambda rows: rows.insert(3, rows[3])),
+    ("trajectory.jsonl", lambda rows: rows[3].update(text=None)),
+    ("trajectory.jsonl", lambda rows: rows[3].update(labels={"stance": "none"})),
+    ("trajectory.jsonl", lambda rows: rows[3].update(event="another")),
+    ("mean_field.jsonl", lambda rows: rows.insert(0, rows[0])),
+    ("mean_field.jsonl", lambda rows: rows[0].update(text=3)),
+    ("likelihood.jsonl", lambda rows: rows[0].update(nll="1.0")),
+    ("likelihood.jsonl", lambda rows: rows[0].update(step=1)),
+]
+
+
 def test_an_interrupted_run_goes_on_where_it_was(finished, door, tmp_path, monkeypatch):
     """Ctrl-C in the second step, a torn last line besides: exit 130, then --resume ends at the bytes of a whole run."""
     out, original = tmp_path / "a", simulation.rollout
@@ -145,6 +158,15 @@ def test_an_interrupted_run_goes_on_where_it_was(finished, door, tmp_path, monke
         file.write((finished / "trajectory.jsonl").read_text().splitlines()[240] + '\n{"event": "agora-te')
     monkeypatch.setattr(simulation, "rollout", original)
     assert door("--events", "2", "--out", out)[0] == 2  # not without --resume
+    kept = {path: path.read_bytes() for path in out.glob("*.jsonl")}
+    for name, damage in DAMAGES:
+        rows = [json.loads(line) for line in kept[out / name].split(b"\n")[:-1]]  # but for a torn one
+        damage(rows)
+        (out / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        code, _, err = door("--events", "2", "--out", out, "--resume")
+        assert code == 2 and len(err.splitlines()) == 1 and "damaged, cannot resume" in err, (name, rows[:4], err)
+        for path, content in kept.items():
+            path.write_bytes(content)
     assert door("--events", "2", "--out", out, "--resume", "--seed", "1")[0] == 2  # nor with other settings
     assert door("--events", "2", "--out", out, "--resume")[0] == 0
     for name in ("trajectory.jsonl", "mean_field.jsonl", "metrics.json", "report.png"):
@@ -265,6 +287,7 @@ BAD = {
     "no such split in data": (["--data", "{tmp}", "--split", "dev"], "--split dev"),
     "no such backbone": (["--backbone", "nowhere"], "nowhere"),
     "no such adapters": (["--adapters", "nowhere"], "nowhere"),
+    "adapters of nobody": (["--adapters", "{tmp}"], "holds no adapter"),
     "no such adapter": (["--policy-adapter", "nowhere", "--mean-field-adapter", "nowhere"], "nowhere"),
     "no chat template": (["--chat"], "chat"),
     "not a number": (["--agents", "many"], "--agents"),

@@ -47,7 +47,7 @@ def load_backbone(path: str | Path, device: str | torch.device = "cpu", dtype: t
     except (RuntimeError, AssertionError) as error:  # no such kind of device, or PyTorch was built without it
         raise InputError(f"device {str(device)!r}: {str(error).splitlines()[0]}") from None
     if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder")
+        raise InputError(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}")
     config = Config.from_json(read_object(folder / CONFIG, required=True), str(folder / CONFIG))
     with torch.device("meta"):
         backbone = Backbone(config)

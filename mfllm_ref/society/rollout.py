@@ -25,6 +25,7 @@ from mfllm_ref.lm import LanguageModel
 from mfllm_ref.runs import JsonLines
 from mfllm_ref.society import prompts
 from mfllm_ref.society.events import HALF_LIFE, Event, action_ids, hashed
+from mfllm_ref.society.methods import Method
 from mfllm_ref.society.signals import History, Seen
 
 TOO_LONG = "a prompt is longer than the backbone's positions: part of what it tells of the population is left out"
@@ -32,37 +33,6 @@ SPARE = 8  # tokens that a tokenizer may put in front of a text
 
 Annotator = Callable[[Sequence[str], str], list[dict[str, str]]]
 Row = dict[str, object]
-
-
-@dataclass(frozen=True, slots=True)
-class Method:
-    """What an agent is told (`signal`) and which adapters write its action and its mean field; None is the bare backbone."""
-
-    name: str
-    signal: str  # "none", "recent", "popular", "empirical" or "mean-field"
-    policy: str | None = None
-    mean_field: str | None = None
-    resamples: bool = False  # no model: actions are drawn from the warm-up's
-
-
-METHODS: dict[str, Method] = {
-    method.name: method
-    for method in (
-        Method("state", "none"),
-        Method("recent", "recent"),
-        Method("popular", "popular"),
-        Method("persistence", "none", resamples=True),
-        Method("empirical", "empirical"),
-        Method("mf-llm-no-ib", "mean-field"),
-        Method("sft", "none", policy="sft"),
-        Method("recent-sft", "recent", policy="recent-sft"),
-        Method("popular-sft", "popular", policy="popular-sft"),
-        Method("empirical-sft", "empirical", policy="empirical-sft"),
-        Method("mf-llm-no-ib-policy", "mean-field", mean_field="mean-field"),
-        Method("mf-llm-no-ib-mf", "mean-field", policy="policy-no-ib-mf"),
-        Method("mf-llm", "mean-field", policy="policy", mean_field="mean-field"),
-    )
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -342,7 +312,7 @@ def rollout(
 
     done: the rows of an earlier, interrupted run of the same worlds and settings; its complete steps are replayed, not
     computed again, and not yielded. likelihood: run twins that score the real actions (first seed, methods with a model).
-    Raises InputError (see `horizon`).
+    Raises InputError (see `horizon`), and where `done` holds other rows.
     """
     states, twins = _states(worlds, settings, intervention or {}, likelihood)
     events = {state.world.event.id: state for state in states}
@@ -358,7 +328,11 @@ def rollout(
         if step < replayed:
             rows = Rows(*([next(file) for _ in range(n)] for file, n in zip(earlier, _expected(states, twins, step), strict=True)))
             remaining = iter(rows.trajectory)
-            texts = [[str(next(remaining)["text"]) for _ in state.indices(step)] for state in active]
+            phase = ("rollout", "warmup")
+            texts = [
+                [_said(remaining, {**_key(s), "step": step, "index": i, "phase": phase[i < settings.warmup]}) for i in s.indices(step)]
+                for s in active
+            ]
         else:
             texts = _act(lm, active, step, settings)
             scores = _score(lm, forced, step, settings)
@@ -371,9 +345,9 @@ def rollout(
         if step < replayed:
             fields, twin_fields = iter(rows.mean_field), iter(rows.likelihood)
             for state in active:
-                state.mean_field = str(next(fields)["text"]) if state.guides(step + 1) else ""
+                state.mean_field = _said(fields, {**_key(state), "step": step + 1}) if state.guides(step + 1) else ""
             for twin in forced:
-                twin.mean_field = str(next(twin_fields)["text"])
+                twin.mean_field = _said(twin_fields, {**_key(twin), "step": step})
             continue
         _update_mean_fields(lm, active + forced, step, actions, settings)
         yield Rows(
@@ -381,6 +355,15 @@ def rollout(
             [{**_key(s), "step": step + 1, "text": s.mean_field} for s in active if s.guides(step + 1)],
             [{**_key(t), "step": step, "nll": x, "tokens": n, "text": t.mean_field} for t, (x, n) in zip(forced, scores, strict=True)],
         )
+
+
+def _said(rows: Iterator[Mapping[str, object]], expected: Row) -> str:
+    """The text of an earlier run's next row, which must be of the world, step and action that are expected."""
+    row = next(rows)
+    text = row.get("text")
+    if not isinstance(text, str) or any(row.get(key) != value for key, value in expected.items()):
+        raise InputError(f"damaged, cannot resume: a row {row!r:.120} in the place of that of {expected}")
+    return text
 
 
 def _key(state: State) -> Row:

@@ -108,7 +108,7 @@ def test_an_interrupted_run_keeps_what_it_measured(small_runs, monkeypatch, caps
 def test_a_disk_that_fills_up_is_one_line(small_runs, capsys):
     """And a call that is refused leaves no file."""
     assert bench.main(["--json", "/dev/full"]) == 2
-    assert capsys.readouterr().err.splitlines() == ["python -m kernels.bench: [Errno 28] No space left on device"]
+    assert capsys.readouterr().err.splitlines() == ["python -m kernels.bench: /dev/full: No space left on device"]
     with pytest.raises(SystemExit):
         bench.main(["--json", str(small_runs), "nonsense"])
     assert not small_runs.exists()

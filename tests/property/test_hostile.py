@@ -21,8 +21,9 @@ from mfllm_ref.errors import InputError
 from mfllm_ref.lm import LanguageModel, chat
 from mfllm_ref.society.annotate import RuleAnnotator
 from mfllm_ref.society.events import Action, Agent, Event, PublicPost
+from mfllm_ref.society.methods import METHODS
 from mfllm_ref.society.prompts import WORDING
-from mfllm_ref.society.rollout import METHODS, Settings, World, rollout
+from mfllm_ref.society.rollout import Settings, World, rollout
 
 ROOT = Path(__file__).resolve().parents[2]
 spec = importlib.util.spec_from_file_location("fuzz", ROOT / "tests" / "fuzz.py")

@@ -22,7 +22,8 @@ from mfllm_ref.lm import language_model, worlds
 from mfllm_ref.society import agora, rollout
 from mfllm_ref.society.annotate import RuleAnnotator
 from mfllm_ref.society.events import DIMENSIONS, Action, Agent, Event, PublicPost, action_ids
-from mfllm_ref.society.rollout import METHODS, Method, Rows, Settings, World
+from mfllm_ref.society.methods import METHODS, Method
+from mfllm_ref.society.rollout import Rows, Settings, World
 from mfllm_ref.society.signals import History, Seen
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -184,12 +185,12 @@ def test_an_agent_does_not_depend_on_how_work_is_cut(random_lm, society, cache, 
 PROCESS = """
 import json, sys, torch
 from mfllm_ref.lm import LanguageModel
-from mfllm_ref.society import agora, rollout
+from mfllm_ref.society import agora, methods, rollout
 from mfllm_ref.society.annotate import RuleAnnotator
 torch.set_num_threads(int(sys.argv[2]))
 lm = LanguageModel.load(sys.argv[1], dtype=torch.float64)
 options = rollout.Settings(agents=16, batch=4, warmup=4, action_tokens=4, summary_tokens=6)
-worlds = [rollout.World(agora.event("train", 3), rollout.METHODS[name], 0) for name in sys.argv[3:]]
+worlds = [rollout.World(agora.event("train", 3), methods.METHODS[name], 0) for name in sys.argv[3:]]
 print(json.dumps([row for rows in rollout.rollout(lm, worlds, options, RuleAnnotator()) for row in rows.trajectory]))
 """
 

@@ -5,7 +5,8 @@ from mfllm_ref.society import agora, prompts
 from mfllm_ref.society.annotate import RuleAnnotator
 from mfllm_ref.society.corpus import KINDS, Corpus, Mixture, Past, pretraining_part
 from mfllm_ref.society.events import DIMENSIONS, HALF_LIFE, Action, Agent, Event
-from mfllm_ref.society.rollout import METHODS, Settings, State, World
+from mfllm_ref.society.methods import METHODS
+from mfllm_ref.society.rollout import Settings, State, World
 from mfllm_ref.society.signals import GRID, parse, shares
 
 ANNOTATE = RuleAnnotator()

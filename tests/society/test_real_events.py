@@ -6,8 +6,9 @@ import pytest
 
 from mfllm_ref.society.annotate import RuleAnnotator
 from mfllm_ref.society.events import DIMENSIONS, Event
+from mfllm_ref.society.methods import METHODS
 from mfllm_ref.society.readers import load_events
-from mfllm_ref.society.rollout import METHODS, Settings, World, rollout
+from mfllm_ref.society.rollout import Settings, World, rollout
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 PLACES = {"weibo-ced/dev": (120, "zh"), "rumoureval-2017/dev": (1, "en")}

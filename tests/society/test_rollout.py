@@ -7,7 +7,8 @@ from mfllm_ref.errors import InputError
 from mfllm_ref.society import agora, prompts
 from mfllm_ref.society.annotate import RuleAnnotator
 from mfllm_ref.society.events import Action, Agent, Event, PublicPost
-from mfllm_ref.society.rollout import METHODS, Rows, Settings, State, World, complete_steps, hashed, rollout
+from mfllm_ref.society.methods import METHODS
+from mfllm_ref.society.rollout import Rows, Settings, State, World, complete_steps, hashed, rollout
 
 ANNOTATE = RuleAnnotator()
 SETTINGS = Settings(agents=34, batch=8, warmup=12, action_tokens=6, summary_tokens=8)
