@@ -135,6 +135,7 @@ HELD = """
 import os, signal, sys
 from mfllm_ref import doors
 def main():
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts jobs beside it has them ignore it
     with doors.interrupted_after():
         os.kill(os.getpid(), signal.SIGINT)
         print("imported whole", file=sys.stderr)
