@@ -202,7 +202,8 @@ def tuning(args: argparse.Namespace, data: Path | None, out: Path, common: dict)
             result["plane"], result["untuned"] = tuning.information_plane(lm, dev, settings, todo, reward, "sft")
             report.information_plane(result["plane"], result["untuned"], out / "information_plane.png")
             points = [{"beta": "untuned"} | result["untuned"], *result["plane"]]
-            doors.say(report.markdown([["beta", "KL, nats a step", "gain"], *([p["beta"], f"{p['kl']:.2f}", f"{p['gain']:.2f}"] for p in points)]))
+            rows = [[point["beta"], f"{point['kl']:.2f}", f"{point['gain']:.2f}"] for point in points]
+            doors.say(report.markdown([["beta", "KL, nats per step", "gain, nats per step"], *rows]))
         policies = [job.name for job in todo if job.signal in ("mean-field", "empirical")]
         if policies:
             curves = tuning.responses(lm, dev, annotate, policies[0], known=data is None)

@@ -68,7 +68,8 @@ def ib_loss(hidden: Tensor, prior_hidden: Tensor, weight: Tensor, targets: Tenso
     do not fit together and targets outside the vocabulary.
     """
     shape, inputs = hidden.shape, (hidden, prior_hidden, weight)
-    if len(shape) != 2 or not prior_hidden.shape == shape or weight.shape[1:] != shape[1:] or targets.shape != shape[:1] or not shape[1]:
+    fits = len(shape) == 2 and shape[1] > 0 and prior_hidden.shape == shape and weight.shape[1:] == shape[1:]
+    if not fits or targets.shape != shape[:1]:
         raise ValueError(
             f"hidden {tuple(hidden.shape)}, prior_hidden {tuple(prior_hidden.shape)}, weight {tuple(weight.shape)} and "
             f"targets {tuple(targets.shape)} must be [tokens, dim], [tokens, dim], [vocab, dim] and [tokens], with dim over 0"

@@ -55,8 +55,8 @@ class Load:
     worlds: float = 1
 
     def cost(self, config: Config, itemsize: int = 4, computed_once: bool = True, stored_once: bool = True) -> Cost:
-        """The formulas above, with the first token's pass counted apart. computed_once: a world's prefix is run once, not once an agent; stored_once: and its
-        keys and values are kept and read once. itemsize: bytes a number."""
+        """The formulas above, with the first token's pass counted apart. computed_once: a world's prefix is run once, not once
+        an agent; stored_once: and its keys and values are kept and read once. itemsize: bytes a number."""
         layer = config.dim * (2 * config.heads + 2 * config.kv_heads) * config.head_dim + 3 * config.dim * config.intermediate
         matrices, head = config.layers * layer, config.vocab_size * config.dim
         pair = 4 * config.layers * config.heads * config.head_dim  # FLOPs of one query on one key, all layers

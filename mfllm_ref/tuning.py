@@ -138,15 +138,19 @@ def check_room(lm: LanguageModel, pasts: Sequence[Past], todo: Sequence[Job], su
     for past in pasts:
         steps = range(past.steps)
         documents = [past.told(step, told) for step in steps for told in (None, *(past.signals[step][k] for k in kinds))]
-        acts = (document.prefix + max(("".join(branch) for branch in document.branches), key=lambda text: len(text.encode())) for document in documents)
+        acts = (document.prefix + max(map("".join, document.branches), key=_size) for document in documents)
         sums_up = (past.summarise(step, "") for step in steps[:-1])
         before = max(summary_tokens, *map(len, lm.tokenizer.encode_batch([past.population[step] for step in steps])))
         for prompts, room in ((acts, before + 1), (sums_up, before + summary_tokens)):
-            if (length := len(lm.tokenizer.encode(max(prompts, key=lambda prompt: len(prompt.encode()))))) + room > limit:
+            if (length := len(lm.tokenizer.encode(max(prompts, key=_size)))) + room > limit:
                 raise InputError(
                     f"event {show(past.event.id)}: a prompt of {length} tokens and --summary-tokens {summary_tokens} are more than "
                     f"the backbone's {limit} positions hold"
                 )
+
+
+def _size(text: str) -> int:
+    return len(text.encode())
 
 
 class Tuner:

@@ -109,11 +109,11 @@ class LanguageModel:
 
         Penalty (over prompt and generated tokens), temperature, top-k and top-p apply in this order; temperature 0 is
         greedy, top_k 0 and top_p 1 are off. A text ends before the end-of-text token, before the first stop string, after
-        max_new_tokens, or where the backbone's positions run out. Special ids are left out of it. seeds: one whole number a
-        prompt (default: its index); the noise of its n-th token depends on (seed, n) alone. adapters: the one that continues
-        each prompt (None: the bare backbone), in place of the active one; they decode together. A text may be empty: the end
-        may come first. Raises InputError for options out of range, prompts that are empty or too long, and ids the backbone
-        does not have; FloatingPointError where logits are NaN or all -inf, so that there is nothing to draw from.
+        max_new_tokens, or where the backbone's positions run out; it may be empty. Special ids are left out of it.
+        seeds: one whole number per prompt (default: its index); the noise of its n-th token depends on (seed, n) alone.
+        adapters: the one that continues each prompt (None: the bare backbone), in place of the active one; they decode together.
+        Raises InputError for options out of range, prompts that are empty or too long, and ids the backbone does not have;
+        FloatingPointError where logits are NaN or all -inf, so that there is nothing to draw from.
         """
         stop = (stop,) if isinstance(stop, str) else tuple(stop)
         for name, value, fine in (

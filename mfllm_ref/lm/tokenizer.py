@@ -36,9 +36,9 @@ class Added(NamedTuple):
 
 
 class Tokenizer:
-    """Made by `Tokenizer.load`. `vocab_size` is the largest id, added tokens included, and one; `eos_ids` end a text, and `end_id` is
-    the one to end a text with (None: there is none); `bos_id` begins a prompt (None where the checkpoint's tokenizer
-    puts nothing in front)."""
+    """Made by `Tokenizer.load`. `vocab_size` is the largest id, added tokens included, and one; `eos_ids` end a text, and
+    `end_id` is the one to end a text with (None: there is none); `bos_id` begins a prompt (None where the checkpoint's
+    tokenizer puts nothing in front)."""
 
     @classmethod
     def load(cls, path: Path | str) -> "Tokenizer":

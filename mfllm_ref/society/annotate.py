@@ -215,8 +215,8 @@ class LMAnnotator:
 
     score(label) = log p(word | prompt with the post) - log p(word | prompt with the post "N/A"). The second term takes
     out how likely and how long the word is by itself (contextual calibration), so no length normalisation is needed.
-    Worth its price with a large model only. A post enters as one line, cut to 500 characters and half of the backbone's positions, so that it cannot leave
-    its place in the prompt; a blank one gets the rules' labels, there being nothing to read.
+    Worth its price with a large model only. A post enters as one line, cut to 500 characters and half of the backbone's
+    positions, so that it cannot leave its place in the prompt; a blank one gets the rules' labels, there being nothing to read.
     """
 
     def __init__(self, lm: "LanguageModel", batch: int = 8) -> None:
