@@ -24,7 +24,7 @@ from mfllm_ref.society.events import Event
 from mfllm_ref.society.methods import METHODS, Method
 from mfllm_ref.society.readers import load_events
 from mfllm_ref.society.rollout import (
-    Annotator, Intervention, Rows, Settings, State, World, complete_steps, fitting, horizon, rollout,
+    Annotator, Intervention, Rows, Settings, State, World, check_end, complete_steps, fitting, horizon, rollout,
 )  # fmt: skip
 
 # What a run without arguments simulates: one event of each domain, one window of 60 actions behind the warm-up.
@@ -79,6 +79,8 @@ def check_room(lm: LanguageModel, events: Sequence[Event], methods: Sequence[Met
     one that is scored; of a mean field's, at one that lists no action."""
     writer = next((method for method in methods if not method.resamples), None)
     reader = next((method for method in methods if method.signal == "mean-field"), None)
+    if writer is not None:
+        check_end(lm)
     for event in events:
         acting = event.actions[settings.warmup : horizon(event, settings)]
         private = [prompts.policy_private(event.language, action.agent.profile) for action in acting]

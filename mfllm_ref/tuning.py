@@ -132,8 +132,7 @@ def check_room(lm: LanguageModel, pasts: Sequence[Past], todo: Sequence[Job], su
     """InputError naming an event of which a prompt and what follows may not fit into the backbone's positions: tuning leaves
     nothing out of a prompt. Looks at the longest prompts, in bytes, of each event; the summary before may be one that was sampled
     or the words of the exact shares."""
-    if lm.tokenizer.end_id is None:
-        raise InputError("the checkpoint names no end of text token, with which actions are scored")
+    rollout.check_end(lm)
     kinds, limit = {job.signal for job in todo if job.signal in KINDS}, lm.backbone.config.max_positions
     for past in pasts:
         steps = range(past.steps)

@@ -319,6 +319,14 @@ def test_bad_input_is_one_line_and_nothing_on_disk(door, tmp_path, monkeypatch, 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_end_of_text_that_the_backbone_lacks_is_named_before_anything_is_written(door, tmp_path, backbone):
+    shutil.copytree(backbone, tmp_path / "other")
+    (tmp_path / "other" / "generation_config.json").write_text('{"eos_token_id": 999999}')
+    code, _, err = door("--backbone", tmp_path / "other", "--method", "state", "--out", tmp_path / "out")
+    assert code == 2 and err == f"simulate.py: {tmp_path / 'other'}: names no end of text token (eos_token_id) that the backbone has\n"
+    assert not (tmp_path / "out").exists()
+
+
 WRONG = ["", "{}", "[]", "[1]", '[{"step": 0}]', '[{"step": 99, "actions": []}]', '[{"step": true, "actions": []}]',
          '[{"step": 0, "actions": []}]', '[{"step": 0, "actions": [{"text": "x"}]}]',
          '[{"step": 0, "actions": [{"profile": "", "text": 3}]}]',

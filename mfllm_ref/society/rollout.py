@@ -178,6 +178,12 @@ def fitting(
     return out
 
 
+def check_end(lm: LanguageModel) -> None:
+    """InputError where the checkpoint names no end of text, with which actions are scored, or one that its backbone lacks."""
+    if lm.tokenizer.end_id is None or lm.tokenizer.end_id >= lm.backbone.config.vocab_size:
+        raise InputError(f"{lm.tokenizer.folder}: names no end of text token (eos_token_id) that the backbone has")
+
+
 def _longer(lm: LanguageModel, prompt: str | tuple[int, ...], limit: int) -> bool:
     """Whether a prompt has more than `limit` tokens, with the one that some tokenizers put in front; none has less than a byte."""
     if isinstance(prompt, str) and len(prompt.encode()) + SPARE <= limit:
