@@ -290,8 +290,9 @@ def information_plane(points: Sequence[Mapping[str, float]], untuned: Mapping[st
         axis.set_title("The information plane", loc="left")
         axis.margins(0.15)
         axis.set_xlim(0, 1.15 * max(point["kl"] for point in (untuned, *points)))
-        low, high = axis.get_ylim()
-        axis.set_ylim(min(0, low), max(0, high))
+        low, high = min(0, axis.get_ylim()[0]), max(0, axis.get_ylim()[1])
+        room = 0.05 * (high - low)  # so that no point is cut at the edge
+        axis.set_ylim(low - room * (low < 0), high + room * (high > 0))
         _plain(axis)
         _save(page, path)
 
