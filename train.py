@@ -45,6 +45,8 @@ def parser() -> doors.Parser:
     out.add_argument("--leave-out", action="append", default=[], metavar="ID", help="an event of --data to leave out; may be "
                      "repeated")  # fmt: skip
     out.add_argument("--split", help="folder of that name in --data")
+    out.add_argument("--backbone", type=Path, metavar="DIR", help="checkpoint to tune (default: checkpoints/tiny); pretrain goes "
+                     "on from it (default: from scratch)")  # fmt: skip
     out.add_argument("--steps", type=updates, default=[], metavar="N[,N]", help="optimizer steps, of each stage or of mean-field "
                      "and policy; a rival gets the sum of both (default: 60,120; pretrain: 1500)")  # fmt: skip
     out.add_argument("--rows", type=doors.positive, help="population steps, or documents, that an update learns from "
@@ -57,7 +59,6 @@ def parser() -> doors.Parser:
     tune = out.add_argument_group("tuning")
     tune.add_argument("--method", metavar="A,B,C", help="tune the adapters of these methods; all: of every method "
                       "(default: mf-llm; stage sft: its four)")  # fmt: skip
-    tune.add_argument("--backbone", type=Path, metavar="DIR", help="checkpoint to tune (default: checkpoints/tiny)")
     tune.add_argument("--mean-field-adapter", type=Path, metavar="DIR", help="stage policy: whose summaries it is tuned on")
     tune.add_argument("--policy-adapter", type=Path, metavar="DIR", help="stage mean-field: the policy whose likelihood is "
                       "the reward (default: the bare backbone)")  # fmt: skip
@@ -76,7 +77,7 @@ def parser() -> doors.Parser:
                       "made up: actions drawn anew so that one dimension's shares are random, and those shares told (default: 0)")  # fmt: skip
     doors.add_summaries(tune)
     make = out.add_argument_group("pretraining")
-    make.add_argument("--model-type", choices=("qwen2", "qwen3", "llama", "mistral"), default="qwen2",
+    make.add_argument("--model-type", choices=("qwen2", "qwen3", "llama", "mistral"),
                       help="family (default: qwen2); a mistral has a sliding window of 256 tokens")  # fmt: skip
     make.add_argument("--shape", choices=("tiny", "small"), help="size: tiny 2.9 M parameters, small 6.6 M "
                       "(default: tiny for the built-in world, small for --data)")  # fmt: skip
@@ -92,8 +93,12 @@ def pretraining(args: argparse.Namespace, data: Path | None, out: Path, common: 
         from mfllm_ref.society.readers import load_events
 
     dropout = (0.15 if args.data else 0.0) if args.dropout is None else args.dropout
+    backbone = args.backbone
+    if backbone and (args.model_type or args.shape):
+        raise doors.InputError(f"--{'model-type' if args.model_type else 'shape'}: is that of --backbone {backbone}")
     settings = {
-        **common, "model_type": args.model_type, "shape": args.shape or ("small" if args.data else "tiny"),
+        **common, "backbone": str(backbone) if backbone else None, "model_type": args.model_type or "qwen2",
+        "shape": args.shape or ("small" if args.data else "tiny"),
         "steps": (args.steps or [1500])[0], "rows": args.rows or 9, "lr": 4e-3 if args.lr is None else args.lr,
         "save_every": args.save_every or 100, "dropout": dropout, "leave_out": sorted(set(args.leave_out)),
     }  # fmt: skip
@@ -112,8 +117,8 @@ def pretraining(args: argparse.Namespace, data: Path | None, out: Path, common: 
     device, _ = doors.device_and_dtype(args)
     fast = device.type != "cpu" or doors.fast_bfloat16()
     settings |= {"device": device.type, "mixed": args.dtype == "bfloat16" or args.dtype == "auto" and fast}
-    events = load_events(data) if data else None
-    record = {"settings": settings, **runs.provenance({})}
+    events, begun = load_events(data) if data else None, pretrain.load(backbone) if backbone else None
+    record = {"settings": settings, **runs.provenance(simulation.weights_of(backbone) if backbone else {})}
     if events is not None:
         tuning.check_ids(events, args.leave_out)
         record["sha256"] |= simulation.digests(data, events)
@@ -123,7 +128,7 @@ def pretraining(args: argparse.Namespace, data: Path | None, out: Path, common: 
             doors.say(f"{out} is finished")
             return
         started = time.perf_counter()
-        result = pretrain.run(run, settings, *reading, device, doors.progress(out))
+        result = pretrain.run(run, settings, *reading, device, doors.progress(out), begun)
         report.loss_curve(list(runs.read_json_lines(out / "log.jsonl")), out / "loss.png")
         run.complete(**result)
         doors.say(f"{out}: {result['parameters'] / 1e6:.1f} M parameters in {time.perf_counter() - started:.0f} s")

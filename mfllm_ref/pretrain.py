@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -47,6 +48,11 @@ TOKENIZER_DOCUMENTS, POPULATIONS = 6000, 4  # the tokenizer's training texts: do
 END = "<|endoftext|>"
 WORKERS = 6  # processes that draw batches ahead for a GPU: one takes some 90 ms for 36 rows, the GPU 41 for the step
 EMBEDDING = 0.05  # deviation of its first weights
+# What a tokenizer, and a chat, may be made of: copied where a backbone goes on from another.
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "generation_config.json", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
 # Newlines stand alone (they end prompts and sections), and an emoticon in brackets is one piece. A label and its percentage
 # are one piece (` oppose 45%`), with the heading before the first of them (`; stance: support 50%`): what the population does
 # can then be read off single tokens by any attention head, where label and digits apart would first have to be brought
@@ -287,7 +293,7 @@ def corpora(
     """
     annotate = RuleAnnotator()
     if events is None:
-        mixture = Mixture(summaries=0.5, shuffled=0.2)
+        mixture = Mixture(summaries=0.5, shuffled=0.2, abridged=0.5, lost=0.3)
         make = partial(agora.event, "pretrain")
         corpus = Corpus(agora.SPLITS["pretrain"], annotate, batch, mixture, make, half_life)
         return corpus, [Past(agora.event("train", i), annotate, batch, half_life) for i in range(HELD_OUT)]
@@ -303,26 +309,43 @@ def corpora(
     return corpus, [Past(event, annotate, batch, half_life) for event in long[:HELD_OUT]]
 
 
+def load(folder: Path) -> LanguageModel:
+    """A finished backbone to go on from. InputError if it is damaged, or has a head of its own: share tokens need a tied one."""
+    lm = LanguageModel.load(folder)
+    if not lm.backbone.config.tied:
+        raise InputError(f"{folder}: its head is not its embedding's; pretraining goes on from a tied one alone")
+    return lm
+
+
 def run(
-    run: Run, settings: Mapping[str, Any], corpus: Corpus, held_out: Sequence[Past], device: torch.device, progress: bool
-) -> dict:
-    """Pretrain in an open run folder on what `corpora` gives, or go on there: log.jsonl and a Hugging Face style folder of the
-    backbone.
+    run: Run, settings: Mapping[str, Any], corpus: Corpus, held_out: Sequence[Past], device: torch.device, progress: bool,
+    begun: LanguageModel | None = None,
+) -> dict:  # fmt: skip
+    """Pretrain in an open run folder on what `corpora` gives, or go on there: log.jsonl and a Hugging Face style folder of a
+    new backbone or, from its weights on, of `begun`, which is that of settings["backbone"].
 
     Returns {"parameters", "response": {dimension: slope}}. Raises InputError where the loss is no longer finite.
     """
-    if not (run.out / "tokenizer.json").exists():
+    if begun is not None:
+        for name in TOKENIZER_FILES:
+            if (found := Path(settings["backbone"]) / name).exists():
+                write_bytes(run.out / name, found.read_bytes())
+    elif not (run.out / "tokenizer.json").exists():
         trained = train_tokenizer(sample_texts(corpus, TOKENIZER_DOCUMENTS, settings["seed"]), SHAPES[settings["shape"]].vocab)
         for name, content in tokenizer_files().items():
             write_json(run.out / name, content)
         write_bytes(run.out / "tokenizer.json", trained.to_str(pretty=False).encode())
     ranks.gather(None)  # all read what rank 0 has written
-    tokenizer = Tokenizer.load(run.out)
-    shape, state = SHAPES[settings["shape"]], run.out / STATE
-    backbone = Backbone(config_for(settings["model_type"], shape, tokenizer.vocab_size))
-    generator = torch.Generator().manual_seed(settings["seed"])
-    initialise(backbone, generator)
-    share_embeddings(backbone, ShareTokens(tokenizer, shape.dim, EMBEDDING, generator))
+    tokenizer, state, generator = Tokenizer.load(run.out), run.out / STATE, torch.Generator().manual_seed(settings["seed"])
+    if begun is not None:
+        backbone = begun.backbone
+    else:
+        backbone = Backbone(config_for(settings["model_type"], SHAPES[settings["shape"]], tokenizer.vocab_size))
+        initialise(backbone, generator)
+    shared = ShareTokens(tokenizer, backbone.config.dim, EMBEDDING, generator)
+    if begun is not None:
+        shared.fit(backbone.model.embed_tokens.weight)
+    share_embeddings(backbone, shared)
     backbone.to(device)
     plan = Settings(**{name: settings[name] for name in ("steps", "rows", "lr", "seed", "mixed", "dropout")})
     tuned = optimizers(backbone, plan.lr, torch.bfloat16 if plan.mixed else torch.float32)

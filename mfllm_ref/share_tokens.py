@@ -43,6 +43,16 @@ class ShareTokens(nn.Module):
         self.places = nn.Parameter(std * torch.cos(angles))
         self.labels = nn.Parameter(std * 0.5**0.5 * torch.randn(len(names), dim, generator=generator))
 
+    @torch.no_grad()
+    def fit(self, weight: Tensor) -> None:
+        """Go on from an embedding [vocab, dim] whose rows of such tokens are sums already, up to rounding: least squares."""
+        labels, rows = len(self.labels), torch.arange(len(self.ids))
+        design = torch.zeros(len(self.ids), labels + 101, dtype=torch.float64)
+        design[rows, self.label] = design[rows, labels + self.percent] = 1.0
+        found = (torch.linalg.pinv(design) @ weight[self.ids].double()).float()
+        self.labels.copy_(found[:labels])
+        self.places.copy_(found[labels:])
+
     def forward(self, weight: Tensor) -> Tensor:
         return weight.index_copy(0, self.ids, self.labels[self.label] + self.places[self.percent])
 

@@ -1,5 +1,6 @@
 import copy
 import json
+import shutil
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from mfllm_ref import doors, pretrain, report, simulation, training
@@ -279,6 +281,28 @@ def test_a_pretrained_folder_loads_in_transformers_and_a_killed_run_resumes_to_t
     for one, other in zip(*(some.values() for some in files), strict=True):
         assert one.read_bytes() == other.read_bytes(), "equal backbones have equal digests in the records of what is done with them"
     assert door(*options, "--out", tmp_path / "cut", "--resume")[0] == 0, "a finished run stays as it is"
+
+    # Another pretraining goes on from it: at first the same numbers, then other weights, the same tokens.
+    more = ["--stage", "pretrain", "--data", small_data, "--rows", 2, "--threads", 1, "--backbone", tmp_path / "whole"]
+    code, _, said = door(*more, "--steps", 3, "--shape", "tiny", "--out", tmp_path / "more")
+    assert code == 2 and "--shape: is that of --backbone" in said and not (tmp_path / "more").exists()
+    for name, damage, said in (("untied", {"tie_word_embeddings": False}, "its head"), ("odd", {"model_type": "x"}, "model_type")):
+        shutil.copytree(tmp_path / "whole", tmp_path / name)
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        (tmp_path / name / "config.json").write_text(json.dumps(config | damage))
+        tensors = load_file(tmp_path / name / "model.safetensors")
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
+        save_file(tensors, tmp_path / name / "model.safetensors")
+        code, _, errors = door(*more[:-1], tmp_path / name, "--steps", 3, "--out", tmp_path / "more")
+        assert code == 2 and said in errors and len(errors.splitlines()) == 1 and not (tmp_path / "more").exists()
+    assert door(*more, "--steps", 3, "--lr", 1e-9, "--dropout", 0, "--out", tmp_path / "same")[0] == 0
+    assert door(*more, "--steps", 3, "--out", tmp_path / "more")[0] == 0
+    same, other = (LanguageModel.load(tmp_path / name) for name in ("same", "more"))
+    assert (same.backbone(ids) - lm.backbone(ids)).abs().max() < 0.02 < (other.backbone(ids) - lm.backbone(ids)).abs().max()
+    record = json.loads((tmp_path / "more" / "run.json").read_text())
+    assert record["settings"]["half_life"] == 960 and "weights/model.safetensors" in record["sha256"]
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (tmp_path / "more" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 @pytest.mark.parametrize(("fast", "dtype", "mixed"), [

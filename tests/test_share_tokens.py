@@ -74,6 +74,20 @@ def test_what_one_share_token_learns_its_neighbours_know(tokenizer):
     assert all(text.startswith(" oppose") or text.endswith("40%") for text in texts)
 
 
+def test_sums_that_were_settled_are_found_again(tokenizer):
+    """Pretraining can go on from a finished backbone: its rows are the same sums, and a place is still shared."""
+    backbone, _ = shared(tokenizer)
+    weight = backbone.model.embed_tokens.weight.detach().clone()
+    settle_embeddings(backbone)
+    again = ShareTokens(tokenizer, 64, pretrain.EMBEDDING, torch.Generator().manual_seed(2))
+    again.fit(weight)
+    torch.testing.assert_close(again(weight), weight, atol=1e-6, rtol=0)
+    with torch.no_grad():
+        again.places[40] += 1.0
+    moved, one = (again(weight) - weight).abs().sum(1) > 1e-3, ids_by_text(tokenizer)
+    assert moved[one[" oppose 40%"]] and not moved[one[" oppose 42%"]] and not moved[one[" post"]]
+
+
 def test_settled_the_backbone_is_the_same_and_ordinary(tokenizer):
     """Afterwards the logits are the same bits, the head is the embedding's own weight, and the names are a checkpoint's."""
     backbone, _ = shared(tokenizer)

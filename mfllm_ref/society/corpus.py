@@ -5,7 +5,7 @@ the text to learn. All branches of a document are trained against one computatio
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -13,10 +13,9 @@ from mfllm_ref.society import prompts
 from mfllm_ref.society.events import DIMENSIONS, HALF_LIFE, Event, action_ids, hashed
 from mfllm_ref.society.prompts import Signal
 from mfllm_ref.society.rollout import Annotator
-from mfllm_ref.society.signals import RECENT, History, Seen, Shares, imagined, parse, shares, verbalise
+from mfllm_ref.society.signals import RECENT, History, Seen, Shares, abridge, imagined, parse, shares, verbalise
 
 KINDS = ("none", "recent", "popular", "empirical")
-LOST = 0.1  # chance that an imagined previous summary lacks a dimension: see Past.mean_field
 GUESTS = 7  # events that lend their people to a made-up population: see Past.reweighted
 TUNING_SHARE = 0.21  # of an outside data set's events, kept from pretraining for tuning later: 200 of 952
 
@@ -75,10 +74,9 @@ class Past:
     def posts(self, step: int) -> list[str]:
         return [post.text for post in self.event.posts if post.index <= step * self.batch]
 
-    def policy(self, step: int, kind: str, width: int, signal_of: "Past | None" = None) -> Document:
-        """`width` actions from `step` on, each given the signal of `kind` at the step's start (or another event's)."""
-        source = signal_of or self
-        return self.told(step, source.signals[min(step, source.steps - 1)][kind], width)
+    def policy(self, step: int, kind: str, width: int) -> Document:
+        """`width` actions from `step` on, each given the signal of `kind` at the step's start."""
+        return self.told(step, self.signals[step][kind], width)
 
     def told(self, step: int, signal: Signal | None, width: int | None = None) -> Document:
         """The actions of `step` (or `width` of them from there on), given a signal."""
@@ -118,20 +116,20 @@ class Past:
         """The summary after `step`, told neither topic nor history."""
         return Document(prompts.prior_prompt(self.event.language), (("", self.population[step + 1]),), self.event.id)
 
-    def mean_field(self, step: int, others: int, rng: np.random.Generator) -> Document:
+    def mean_field(self, step: int, others: int, lost: float, rng: np.random.Generator) -> Document:
         """The summary after `step`, written by the verbaliser from counts; then those that would follow if one of `others`
         random ones stood in the place of the real summary before.
 
         In a rollout the summary before is a sampled one: it errs, and may have lost a dimension, of which only the newest
         actions then tell. The others are mixed from the real population and a random one, in random parts, and lack each
-        dimension with probability LOST. What follows from them is exact in expectation: rounded to the nearest, shares that
+        dimension with probability `lost`. What follows from them is exact in expectation: rounded to the nearest, shares that
         move by less than half a step of the words' grid would never move.
         """
         language, told = self.event.language, [(self.population[step], self.population[step + 1])]
         real = parse(self.population[step], language)
         for _ in range(others if step else 0):
             part = rng.random()
-            mixed = {d: (1 - part) * real[d] + part * p for d, p in imagined(rng).items() if rng.random() >= LOST}
+            mixed = {d: (1 - part) * real[d] + part * p for d, p in imagined(rng).items() if rng.random() >= lost}
             before = verbalise(mixed, language)
             told.append((before, verbalise(self.follows(step, before), language, rng)))
         branches = tuple((prompts.mean_field_private(language, before), after) for before, after in told)
@@ -186,6 +184,8 @@ class Mixture:
     width: int = 32  # actions a policy document, as far as they fit in its row
     counted: float = 0.25  # of the other summaries: see Past.counted
     few: int = 8  # populations of a counted document, as far as they fit in its row
+    abridged: float = 0.0  # of the documents that state or are told shares: without some dimensions, see signals.abridge
+    lost: float = 0.1  # chance that an imagined summary before lacks a dimension: see Past.mean_field
     others: int = 4  # imagined summaries before, beside the real one, of a summary document, as far as they fit in its row
 
 
@@ -208,18 +208,31 @@ class Corpus:
         """One document and its sort: "mean-field", or the kind of its signal."""
         mixture, past = self.mixture, self.past(int(rng.integers(self.count)))
         if rng.random() < mixture.summaries:
-            # Early steps more often: there a step moves the shares most, and all later summaries build on them.
-            step = int(past.steps * rng.random() ** 2)
-            if rng.random() < mixture.prior:
-                return "mean-field", past.prior(int(rng.integers(past.steps)))
-            if rng.random() < mixture.counted:
-                return "mean-field", past.counted(step, mixture.few, rng)
-            return "mean-field", past.mean_field(step, mixture.others, rng)
+            document = self._summary(past, rng)
+            if self._abridges(rng):
+                document = replace(document, branches=tuple((private, abridge(text, rng)) for private, text in document.branches))
+            return "mean-field", document
         step = int(rng.integers(past.steps))
         kind = KINDS[int(rng.choice(len(KINDS), p=mixture.signals))]
         if kind != "none" and rng.random() < mixture.reweighted:
             visited = mixture.guests and rng.random() < mixture.guests  # without guests nothing is drawn
             others = [self.past(i) for i in rng.integers(self.count, size=GUESTS).tolist()] if visited else []
             return kind, past.reweighted(kind, mixture.width, rng, others)
-        other = self.past(int(rng.integers(self.count))) if rng.random() < mixture.shuffled else None
-        return kind, past.policy(step, kind, mixture.width, other)
+        source = self.past(int(rng.integers(self.count))) if rng.random() < mixture.shuffled else past
+        signal = source.signals[min(step, source.steps - 1)][kind]
+        if kind == "empirical" and signal and self._abridges(rng):
+            signal = replace(signal, lines=(abridge(signal.lines[0], rng),))
+        return kind, past.told(step, signal, mixture.width)
+
+    def _summary(self, past: Past, rng: np.random.Generator) -> Document:
+        mixture = self.mixture
+        # Early steps more often: there a step moves the shares most, and all later summaries build on them.
+        step = int(past.steps * rng.random() ** 2)
+        if rng.random() < mixture.prior:
+            return past.prior(int(rng.integers(past.steps)))
+        if rng.random() < mixture.counted:
+            return past.counted(step, mixture.few, rng)
+        return past.mean_field(step, mixture.others, mixture.lost, rng)
+
+    def _abridges(self, rng: np.random.Generator) -> bool:
+        return self.mixture.abridged > 0 and rng.random() < self.mixture.abridged

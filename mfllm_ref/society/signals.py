@@ -93,6 +93,12 @@ def verbalise(population: Mapping[str, np.ndarray], language: str, rng: np.rando
     return between.join(parts)
 
 
+def abridge(summary: str, rng: np.random.Generator) -> str:
+    """What `verbalise` wrote, without each dimension but the first with probability 1/2."""
+    first, *rest = re.split("(?=[;；])", summary)
+    return first + "".join(part for part in rest if rng.random() < 0.5)
+
+
 def parse(text: str, language: str) -> Shares:
     """The shares that a text written like `verbalise`'s states; a dimension it does not state (or not fully) is left out.
 

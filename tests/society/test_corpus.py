@@ -31,12 +31,12 @@ def test_training_prompts_are_those_of_a_simulation(past):
             actions = state.seen(step, [event.actions[i].text for i in state.indices(step)], labels)
             state.history.update(actions)
             state.mean_field = past.population[step]
-            document = past.mean_field(step, 0, np.random.default_rng(0))
+            document = past.mean_field(step, 0, 0.0, np.random.default_rng(0))
             assert document.prefix + document.branches[0][0] == state.mean_field_prompt(step, actions)
 
 
 def test_summaries_state_the_counts(past):
-    document = past.mean_field(0, 0, np.random.default_rng(0))
+    document = past.mean_field(0, 0, 0.0, np.random.default_rng(0))
     stated, counted = parse(document.branches[0][1], "en"), shares([seen.labels for seen in past.actions(0)])
     for dimension, p in counted.items():
         np.testing.assert_allclose(stated[dimension], p, atol=0.01)
@@ -62,12 +62,13 @@ def test_a_prior_document_has_neither_topic_nor_history(past):
     assert past.prior(4).prefix == prompts.prior_prompt("en")
 
 
-def test_imagined_summaries_move_as_the_real_one_does(past):
+@pytest.mark.parametrize("chance", [0.1, 0.4])
+def test_imagined_summaries_move_as_the_real_one_does(past, chance):
     """What follows from an imagined summary is, in expectation, what the newest actions make of it: the weight they have is
     the real one's, and they alone speak for a dimension that the summary had lost."""
     rng, step, lost, error, small = np.random.default_rng(0), 3, 0, [], []
-    document = past.mean_field(step, 400, rng)
-    assert document.branches[:1] == past.mean_field(step, 0, rng).branches, "the real one comes first"
+    document = past.mean_field(step, 400, chance, rng)
+    assert document.branches[:1] == past.mean_field(step, 0, chance, rng).branches, "the real one comes first"
     now = shares([seen.labels for seen in past.actions(step)])
     weight = sum(0.5 ** (past.batch / past.half_life * k) for k in range(step + 1))
     for private, target in document.branches[1:]:
@@ -80,20 +81,46 @@ def test_imagined_summaries_move_as_the_real_one_does(past):
             error.append(p[0] - after[0])
             if dimension == "rumor" and 0 < abs(after[0] - before[0]) < GRID / 200:
                 small.append(p[0] != before[0])
-    assert 0.07 < lost / 400 / len(DIMENSIONS) < 0.13
+    assert abs(lost / 400 / len(DIMENSIONS) - chance) < 0.03
     assert np.abs(error).max() < GRID / 100 + 1e-9
     assert abs(np.mean(error)) < 3 * GRID / 100 / len(error) ** 0.5
     assert any(small) and not all(small), "a move of less than half a step of the grid is not lost"
-    assert len(past.mean_field(0, 4, rng).branches) == 1, "nothing comes before the first"
+    assert len(past.mean_field(0, 4, chance, rng).branches) == 1, "nothing comes before the first"
 
 
-def test_a_shuffled_document_keeps_all_but_the_signal(past):
-    other = Past(agora.event("train", 5), ANNOTATE, 10)
-    own, shuffled = past.policy(4, "empirical", 10), past.policy(4, "empirical", 10, other)
-    assert own.branches == shuffled.branches
-    assert own.prefix.splitlines()[:2] == shuffled.prefix.splitlines()[:2]
-    assert shuffled.prefix.splitlines()[-1] == other.policy(4, "empirical", 10).prefix.splitlines()[-1]
-    assert own.prefix != shuffled.prefix
+@pytest.mark.parametrize("shuffled", [0.0, 1.0])
+def test_a_shuffled_document_keeps_all_but_the_signal(shuffled):
+    mixture = Mixture(summaries=0.0, signals=(0.0, 0.0, 0.0, 1.0), shuffled=shuffled, reweighted=0.0, width=10)
+    corpus = Corpus(6, ANNOTATE, 10, mixture, lambda i: agora.event("train", i))
+    pasts, rng, others = [corpus.past(i) for i in range(6)], np.random.default_rng(0), 0
+    for _ in range(30):
+        document = corpus.draw(rng)[1]
+        event = next(past for past in pasts if past.event.id == document.event)
+        own = [past for past in (event.policy(step, "empirical", 10) for step in range(30)) if past.branches == document.branches]
+        assert any(one.prefix.splitlines()[:2] == document.prefix.splitlines()[:2] for one in own)
+        others += all(one.prefix != document.prefix for one in own)
+    assert others == 0 if shuffled == 0 else others > 15, "now and then the other event is the same one"
+
+
+@pytest.mark.parametrize("abridged", [0.0, 0.5, 1.0])
+def test_as_many_summaries_are_abridged_as_the_mixture_says(abridged):
+    """Those that are written and those that agents are told: an abridged one lacks about half of the dimensions, never the
+    first, and states of the others what it would have stated whole."""
+    mixture = Mixture(summaries=0.5, signals=(0.0, 0.0, 0.0, 1.0), abridged=abridged, reweighted=0.0, lost=0.0)
+    corpus = Corpus(6, ANNOTATE, 10, mixture, lambda i: agora.event("train", i))
+    rng, said = np.random.default_rng(0), {"mean-field": [], "empirical": []}
+    for _ in range(200):
+        sort, document = corpus.draw(rng)
+        line = document.prefix.splitlines()[-1]
+        if sort == "mean-field":
+            said[sort] += [parse(document.branches[0][1], "en")]
+        elif line.startswith("Population: "):
+            said[sort] += [parse(line.removeprefix("Population: "), "en")]
+    for some in said.values():
+        counts = np.array([len(stated) for stated in some])
+        assert len(counts) > 50 and all(next(iter(DIMENSIONS)) in stated for stated in some)
+        assert abs(np.mean(counts == len(DIMENSIONS)) - (1 - abridged)) < 0.15
+        assert abridged == 0 or abs(counts[counts < len(DIMENSIONS)].mean() - 4.5) < 0.5
 
 
 @pytest.mark.parametrize("others", [[], [1, 2, 3]])

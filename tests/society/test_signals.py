@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mfllm_ref.society.events import DIMENSIONS, HALF_LIFE
-from mfllm_ref.society.signals import GRID, History, Seen, parse, shares, verbalise
+from mfllm_ref.society.signals import GRID, History, Seen, abridge, parse, shares, verbalise
 
 CHECK = settings(deadline=None, derandomize=True, max_examples=60)
 LABELS = st.fixed_dictionaries({d: st.sampled_from(names) for d, names in DIMENSIONS.items()})
@@ -36,6 +36,17 @@ def test_verbalise_and_parse_are_inverse_within_rounding(population, language):
     for dimension in DIMENSIONS:
         assert np.abs(back[dimension] - population[dimension]).max() < GRID / 100 + 1e-9
     assert verbalise(back, language) == text, "what was said survives the round trip exactly"
+
+
+@CHECK
+@given(populations(), st.sampled_from(["en", "zh"]), st.integers(0, 99))
+def test_an_abridged_summary_is_the_words_of_some_of_the_dimensions(population, language, seed):
+    """What `verbalise` would write of the dimensions that are left, of which the first is one."""
+    text = verbalise(population, language)
+    short = abridge(text, np.random.default_rng(seed))
+    left = parse(short, language)
+    assert next(iter(DIMENSIONS)) in left and left.keys() <= DIMENSIONS.keys()
+    assert short == verbalise({d: population[d] for d in left}, language)
 
 
 def test_parse_reads_what_is_there():
