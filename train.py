@@ -11,9 +11,15 @@ import argparse
 import dataclasses
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mfllm_ref import doors
+
+if TYPE_CHECKING:
+    from mfllm_ref.society.rollout import Annotator
+    from mfllm_ref.tuning import Job, Tuner
 
 EPILOG = """\
 It writes to --out: one folder per adapter (PEFT's format: `simulate.py --adapters OUT`), or with --stage pretrain a Hugging Face
@@ -141,10 +147,8 @@ def tuning(args: argparse.Namespace, data: Path | None, out: Path, common: dict)
         from mfllm_ref import ib_tune, report, runs, simulation, tuning
         from mfllm_ref.fields import a_list
         from mfllm_ref.lm import LanguageModel
-        from mfllm_ref.society import rollout
         from mfllm_ref.society.annotate import RuleAnnotator
         from mfllm_ref.society.readers import load_events
-        from mfllm_ref.society.response import LEVELS, WATCHED
 
     device, dtype = doors.device_and_dtype(args)
     # The default takes about eight minutes on two cores; ten are allowed.
@@ -170,20 +174,9 @@ def tuning(args: argparse.Namespace, data: Path | None, out: Path, common: dict)
 
     lm = LanguageModel.load(backbone, device=str(device), dtype=dtype, spread=args.shard)
     tuning.check_room(lm, [*tuned, *dev], todo, args.summary_tokens)
-    adapters = {"mean-field": args.mean_field_adapter, "policy": args.policy_adapter, "sft": args.sft_adapter}
-    plane = len(args.beta) > 1
-    needed = {job.mean_field for job in todo if job.mean_field} - {job.name for job in todo} | ({"sft"} if plane else set())
-    for name in needed:
-        own = doors.own_adapters(backbone)
-        adapters[name] = adapters[name] or (own / name if own and (own / name).is_dir() else None)
-        if adapters[name] is None:
-            raise doors.InputError(f"--{name}-adapter: stage {args.stage} needs one")
-    adapters = {name: path for name, path in adapters.items() if path is not None}
+    given = {"mean-field": args.mean_field_adapter, "policy": args.policy_adapter, "sft": args.sft_adapter}
+    adapters = tuning.find_adapters(todo, args.stage, given, doors.own_adapters(backbone))
     for name, path in adapters.items():
-        if name in {job.name for job in todo}:
-            raise doors.InputError(f"--{name}-adapter {path}: this run tunes that adapter itself")
-        if name not in needed and not (name == "policy" and any(job.signal is None for job in todo)):
-            raise doors.InputError(f"--{name}-adapter {path}: stage {args.stage} reads none")
         lm.load_adapter(name, path)
     reward = "policy" if "policy" in adapters else None
 
@@ -202,35 +195,44 @@ def tuning(args: argparse.Namespace, data: Path | None, out: Path, common: dict)
         tuner = tuning.Tuner(run, lm, tuned, dev, settings, args.rank, args.save_every or 20, reward, doors.progress(out))
         tuner.all(todo)
         report.loss_curve(runs.read_json_lines(out / "log.jsonl"), out / "loss.png")
-        result: dict = {}
-        if plane:
-            result["plane"], result["untuned"] = tuning.information_plane(lm, dev, settings, todo, reward, "sft")
-            report.information_plane(result["plane"], result["untuned"], out / "information_plane.png")
-            points = [{"beta": "untuned"} | result["untuned"], *result["plane"]]
-            rows = [[point["beta"], f"{point['kl']:.2f}", f"{point['gain']:.2f}"] for point in points]
-            doors.say(report.markdown([["beta", "KL, nats per step", "gain, nats per step"], *rows]))
-        policies = [job.name for job in todo if job.signal in ("mean-field", "empirical")]
-        if policies:
-            curves = tuning.responses(lm, dev, annotate, policies[0], known=data is None)
-            report.response(curves, LEVELS, WATCHED, out / "response.png")
-            result["response"] = tuning.slopes(curves)
-            doors.say(report.slope_table(result["response"]))
-        if {job.name for job in todo} >= {"mean-field", "policy"}:
-            # short, as the default has ten minutes in all
-            plan = rollout.Settings(150, args.batch, 50, summary_tokens=args.summary_tokens,
-                                    summary_top_p=args.summary_top_p, half_life=common["half_life"])  # fmt: skip
-            measured = tuning.compare(lm, dev, annotate, ("state", "persistence", "mf-llm-no-ib", "mf-llm"), args.seed, plan)
-            if measured:
-                doors.say(report.table(measured))
-                doors.say("before tuning: mf-llm-no-ib; after: mf-llm")
-                result["kl"] = {name: entry["kl"]["mean"] for name, entry in measured["methods"].items()}
-            else:
-                doors.say("no table before and after: no dev event has over 100 actions")
-        if result:
-            tuner.log.append([result])
-        run.complete(**result)
-    drawn = ["loss.png", *(["information_plane.png"] if plane else []), *(["response.png"] if policies else [])]
+        drawn = ["loss.png", *_what_it_changed(tuner, todo, annotate, common["half_life"], known=data is None)]
     doors.say(f"\nEverything is in {out}: see {' and '.join(drawn)}")
+
+
+def _what_it_changed(tuner: "Tuner", todo: "Sequence[Job]", annotate: "Annotator", half_life: float, known: bool) -> list[str]:
+    """Finish a tuning run with numbers, pictures and tables of what its adapters changed; the names of the pictures."""
+    from mfllm_ref import report, tuning
+    from mfllm_ref.society import rollout
+    from mfllm_ref.society.response import LEVELS, WATCHED
+
+    run, lm, dev, settings = tuner.run, tuner.lm, tuner.dev, tuner.settings
+    result: dict = {}
+    if sum(job.signal is None for job in todo) > 1:
+        result["plane"], result["untuned"] = tuning.information_plane(lm, dev, settings, todo, tuner.policy, "sft")
+        report.information_plane(result["plane"], result["untuned"], run.out / "information_plane.png")
+        points = [{"beta": "untuned"} | result["untuned"], *result["plane"]]
+        rows = [[point["beta"], f"{point['kl']:.2f}", f"{point['gain']:.2f}"] for point in points]
+        doors.say(report.markdown([["beta", "KL, nats per step", "gain, nats per step"], *rows]))
+    if policies := [job.name for job in todo if job.signal in ("mean-field", "empirical")]:
+        curves = tuning.responses(lm, dev, annotate, policies[0], known)
+        report.response(curves, LEVELS, WATCHED, run.out / "response.png")
+        result["response"] = tuning.slopes(curves)
+        doors.say(report.slope_table(result["response"]))
+    if {job.name for job in todo} >= {"mean-field", "policy"}:
+        # short, as the default has ten minutes in all
+        plan = rollout.Settings(150, dev[0].batch, 50, summary_tokens=settings.summary_tokens,
+                                summary_top_p=settings.summary_top_p, half_life=half_life)  # fmt: skip
+        measured = tuning.compare(lm, dev, annotate, ("state", "persistence", "mf-llm-no-ib", "mf-llm"), settings.seed, plan)
+        if measured:
+            doors.say(report.table(measured))
+            doors.say("before tuning: mf-llm-no-ib; after: mf-llm")
+            result["kl"] = {name: entry["kl"]["mean"] for name, entry in measured["methods"].items()}
+        else:
+            doors.say("no table before and after: no dev event has over 100 actions")
+    if result:
+        tuner.log.append([result])
+    run.complete(**result)
+    return [name for name, key in (("information_plane.png", "plane"), ("response.png", "response")) if key in result]
 
 
 def main() -> None:

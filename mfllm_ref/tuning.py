@@ -6,6 +6,7 @@ a policy under one signal. An adapter is selected among its versions by loss on 
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -86,6 +87,31 @@ def jobs(stage: str, methods: Sequence[str] | None, steps: tuple[int, int], beta
         starts = [None, *places]
         return [Job(place, None, None, steps[0], PLANE_LR, beta, start) for (place, beta), start in zip(places.items(), starts)]
     return list(found.values())
+
+
+def find_adapters(
+    todo: Sequence[Job], stage: str, given: Mapping[str, Path | None], own: Path | None
+) -> dict[str, Path]:  # fmt: skip
+    """Where the adapters are that the jobs read and do not make, by name: `given` ones first, else subfolders of `own`. InputError
+    for one that is missing, and for one given that no job reads."""
+    made = {job.name for job in todo}
+    needed = {job.mean_field for job in todo if job.mean_field} - made
+    if sum(job.signal is None for job in todo) > 1:
+        needed.add("sft")  # the information plane's gains are over it
+    optional = {POLICY} if any(job.signal is None for job in todo) else set()  # whose likelihood is the reward
+    found = {}
+    for name, path in given.items():
+        if name in needed and path is None and own is not None and (own / name).is_dir():
+            path = own / name
+        if name in needed and path is None:
+            raise InputError(f"--{name}-adapter: stage {stage} needs one")
+        if path is not None and name in made:
+            raise InputError(f"--{name}-adapter {path}: this run tunes that adapter itself")
+        if path is not None and name not in needed | optional:
+            raise InputError(f"--{name}-adapter {path}: stage {stage} reads none")
+        if path is not None:
+            found[name] = path
+    return found
 
 
 def check_ids(events: Sequence[Event], leave_out: Sequence[str]) -> None:
