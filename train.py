@@ -89,6 +89,8 @@ def parser() -> doors.Parser:
                       "(default: tiny for the built-in world, small for --data)")  # fmt: skip
     make.add_argument("--dropout", type=float, metavar="P", help="dropout on what each half of a layer adds "
                       "(default: 0 for the built-in world, of which there is always more; 0.15 for --data)")  # fmt: skip
+    make.add_argument("--abridged", type=float, default=0.0, metavar="P", help="fraction of the documents that state or are told "
+                      "shares which end behind a random dimension, so that IB-Tune can learn what to tell (default: 0)")  # fmt: skip
     doors.add_common(out)
     return out
 
@@ -107,6 +109,7 @@ def pretraining(args: argparse.Namespace, data: Path | None, out: Path, common: 
         "shape": args.shape or ("small" if args.data else "tiny"),
         "steps": (args.steps or [1500])[0], "rows": args.rows or 9, "lr": 4e-3 if args.lr is None else args.lr,
         "save_every": args.save_every or 100, "dropout": dropout, "leave_out": sorted(set(args.leave_out)),
+        "abridged": args.abridged,
     }  # fmt: skip
     if args.shard:
         raise doors.InputError("--shard spreads a frozen backbone; pretraining trains all weights")
@@ -116,6 +119,8 @@ def pretraining(args: argparse.Namespace, data: Path | None, out: Path, common: 
         raise doors.InputError(f"--lr {args.lr}: must lie between 0 and 1")
     if not 0 <= dropout < 1:
         raise doors.InputError(f"--dropout {args.dropout}: must be at least 0 and below 1")
+    if not 0 <= args.abridged <= 1:
+        raise doors.InputError(f"--abridged {args.abridged}: must be at least 0 and at most 1")
     if settings["rows"] < ranks.world_size():
         raise doors.InputError(f"--rows {settings['rows']}: fewer than the {ranks.world_size()} processes that share them")
     if args.dtype not in ("auto", "float32", "bfloat16"):
@@ -128,7 +133,7 @@ def pretraining(args: argparse.Namespace, data: Path | None, out: Path, common: 
     if events is not None:
         tuning.check_ids(events, args.leave_out)
         record["sha256"] |= simulation.digests(data, events)
-    reading = pretrain.corpora(events, args.batch, common["half_life"], settings["leave_out"])
+    reading = pretrain.corpora(events, args.batch, common["half_life"], settings["leave_out"], args.abridged)
     with runs.open_run(out, record, args.resume) as run:
         if run.finished:
             doors.say(f"{out} is finished")

@@ -281,19 +281,20 @@ def train_steps(
 
 
 def corpora(
-    events: Sequence[Event] | None, batch: int, half_life: float = HALF_LIFE, leave_out: Sequence[str] = ()
-) -> tuple[Corpus, list[Past]]:
+    events: Sequence[Event] | None, batch: int, half_life: float = HALF_LIFE, leave_out: Sequence[str] = (),
+    abridged: float = 0.0,
+) -> tuple[Corpus, list[Past]]:  # fmt: skip
     """(what to pretrain on, real pasts it never sees) from outside events, or from agora's splits if there are none.
 
     half_life: actions, of the population that signals and summaries tell of. leave_out: ids of the outside events that it never
-    sees (none: a fifth). Raises InputError where nothing is left to read or to keep.
+    sees (none: a fifth). abridged: the part of the documents that state or are told shares which end early. Raises InputError where nothing is left to read or to keep.
 
     Of agora's policy documents one in ten carries another event's signal: its backbone reads signals as a general model
     would, uncalibrated to that world.
     """
     annotate = RuleAnnotator()
     if events is None:
-        mixture = Mixture(summaries=0.5, shuffled=0.2, abridged=0.5, lost=0.3)
+        mixture = Mixture(summaries=0.5, shuffled=0.2, abridged=abridged)
         make = partial(agora.event, "pretrain")
         corpus = Corpus(agora.SPLITS["pretrain"], annotate, batch, mixture, make, half_life)
         return corpus, [Past(agora.event("train", i), annotate, batch, half_life) for i in range(HELD_OUT)]
@@ -304,7 +305,7 @@ def corpora(
     long = [event for event in kept if len(event.actions) >= 10 * batch] or kept
     # Real populations differ less than agora's and teach less about reading a signal, so more are made up; and there are few,
     # which a backbone memorises instead of learning which words go with a label, so other events' people are mixed in.
-    mixture = Mixture(reweighted=0.7, guests=0.5)
+    mixture = Mixture(reweighted=0.7, guests=0.5, abridged=abridged)
     corpus = Corpus(len(chosen), annotate, batch, mixture, chosen.__getitem__, half_life)
     return corpus, [Past(event, annotate, batch, half_life) for event in long[:HELD_OUT]]
 

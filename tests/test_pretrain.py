@@ -187,6 +187,16 @@ def test_a_corpus_remembers_as_long_as_it_is_told(events):
     assert {past.half_life for past in (corpus.past(0), *held_out)} == {960}
 
 
+@pytest.mark.parametrize("events", [None, [agora.event("train", index) for index in range(10)]])
+def test_a_corpus_abridges_as_it_is_told(events):
+    """By default every summary tells of all dimensions."""
+    for abridged, least in ((0.0, len(DIMENSIONS)), (1.0, 1)):
+        corpus, rng = pretrain.corpora(events, 10, abridged=abridged)[0], np.random.default_rng(0)
+        drawn = [corpus.draw(rng) for _ in range(240)]
+        said = {len(parse(text, "en")) for sort, document in drawn if sort == "mean-field" for _, text in document.branches[:1]}
+        assert min(said) == least and max(said) == len(DIMENSIONS), abridged
+
+
 def test_events_that_are_left_out_are_kept_from_pretraining():
     events = [agora.event("train", index) for index in range(4)]
     corpus, held_out = pretrain.corpora(events, 10, leave_out=[events[2].id])
@@ -322,7 +332,7 @@ def test_products_are_bfloat16_where_the_cpu_multiplies_it_fast(tmp_path, monkey
 @pytest.mark.parametrize(("arguments", "said"), [
     (["--data", "nowhere"], "nowhere"), (["--split", "dev"], "--split dev"), (["--leave-out", "a"], "--leave-out a"),
     (["--lr", "7"], "--lr 7"), (["--steps", "0"], "--steps"), (["--stage", "x"], "--stage"),
-    (["--stage", "pretrain", "--dropout", "1"], "--dropout 1"), (["--stage", "pretrain", "--dropout", "nan"], "--dropout nan"),
+    (["--stage", "pretrain", "--dropout", "1"], "--dropout 1"), (["--stage", "pretrain", "--abridged", "1.1"], "--abridged 1.1"), (["--stage", "pretrain", "--dropout", "nan"], "--dropout nan"),
     (["--stage", "pretrain", "--data", ..., "--leave-out", "nobody"], "--leave-out nobody: no such event"),
     (["--stage", "pretrain", "--dtype", "float64"], "--dtype float64"), (["--stage", "pretrain", "--steps", "3,4"], "--steps 3,4"),
 ])  # fmt: skip

@@ -16,6 +16,7 @@ from mfllm_ref.society.rollout import Annotator
 from mfllm_ref.society.signals import RECENT, History, Seen, Shares, abridge, imagined, parse, shares, verbalise
 
 KINDS = ("none", "recent", "popular", "empirical")
+LOST = 0.1  # chance that an imagined previous summary lacks a dimension: see Past.mean_field
 GUESTS = 7  # events that lend their people to a made-up population: see Past.reweighted
 TUNING_SHARE = 0.21  # of an outside data set's events, kept from pretraining for tuning later: 200 of 952
 
@@ -116,21 +117,23 @@ class Past:
         """The summary after `step`, told neither topic nor history."""
         return Document(prompts.prior_prompt(self.event.language), (("", self.population[step + 1]),), self.event.id)
 
-    def mean_field(self, step: int, others: int, lost: float, rng: np.random.Generator) -> Document:
+    def mean_field(self, step: int, others: int, rng: np.random.Generator, abridged: float = 0.0) -> Document:
         """The summary after `step`, written by the verbaliser from counts; then those that would follow if one of `others`
         random ones stood in the place of the real summary before.
 
         In a rollout the summary before is a sampled one: it errs, and may have lost a dimension, of which only the newest
         actions then tell. The others are mixed from the real population and a random one, in random parts, and lack each
-        dimension with probability `lost`. What follows from them is exact in expectation: rounded to the nearest, shares that
-        move by less than half a step of the words' grid would never move.
+        dimension with probability LOST; a part `abridged` of them ends early. What follows from them is exact in expectation:
+        rounded to the nearest, shares that move by less than half a step of the words' grid would never move.
         """
         language, told = self.event.language, [(self.population[step], self.population[step + 1])]
         real = parse(self.population[step], language)
         for _ in range(others if step else 0):
             part = rng.random()
-            mixed = {d: (1 - part) * real[d] + part * p for d, p in imagined(rng).items() if rng.random() >= lost}
+            mixed = {d: (1 - part) * real[d] + part * p for d, p in imagined(rng).items() if rng.random() >= LOST}
             before = verbalise(mixed, language)
+            if abridged and rng.random() < abridged:
+                before = abridge(before, rng)
             told.append((before, verbalise(self.follows(step, before), language, rng)))
         branches = tuple((prompts.mean_field_private(language, before), after) for before, after in told)
         return Document(self._newest(step), branches, self.event.id)
@@ -184,8 +187,7 @@ class Mixture:
     width: int = 32  # actions a policy document, as far as they fit in its row
     counted: float = 0.25  # of the other summaries: see Past.counted
     few: int = 8  # populations of a counted document, as far as they fit in its row
-    abridged: float = 0.0  # of the documents that state or are told shares: without some dimensions, see signals.abridge
-    lost: float = 0.1  # chance that an imagined summary before lacks a dimension: see Past.mean_field
+    abridged: float = 0.0  # of the documents that state or are told shares: they end early, see signals.abridge
     others: int = 4  # imagined summaries before, beside the real one, of a summary document, as far as they fit in its row
 
 
@@ -232,7 +234,7 @@ class Corpus:
             return past.prior(int(rng.integers(past.steps)))
         if rng.random() < mixture.counted:
             return past.counted(step, mixture.few, rng)
-        return past.mean_field(step, mixture.others, mixture.lost, rng)
+        return past.mean_field(step, mixture.others, rng, mixture.abridged)
 
     def _abridges(self, rng: np.random.Generator) -> bool:
         return self.mixture.abridged > 0 and rng.random() < self.mixture.abridged

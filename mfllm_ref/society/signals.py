@@ -94,9 +94,9 @@ def verbalise(population: Mapping[str, np.ndarray], language: str, rng: np.rando
 
 
 def abridge(summary: str, rng: np.random.Generator) -> str:
-    """What `verbalise` wrote, without each dimension but the first with probability 1/2."""
-    first, *rest = re.split("(?=[;；])", summary)
-    return first + "".join(part for part in rest if rng.random() < 0.5)
+    """What `verbalise` wrote, up to a random one of its dimensions."""
+    parts = re.split("(?=[;；])", summary)
+    return "".join(parts[: 1 + int(rng.integers(len(parts)))])
 
 
 def parse(text: str, language: str) -> Shares:
