@@ -280,16 +280,18 @@ def information_plane(points: Sequence[Mapping[str, float]], untuned: Mapping[st
         ordered = sorted(points, key=lambda point: point["beta"])
         axis.plot([p["kl"] for p in ordered], [p["gain"] for p in ordered], "o-", color=_FAMILIES["mf-llm"])
         axis.plot(untuned["kl"], untuned["gain"], "o", color=_FAMILIES["persistence"])
-        # Tuning lowers the KL as a rule, so there is room to the left of its points and to the right of the other.
+        right = 1.15 * max(point["kl"] for point in (untuned, *points))
+        # Tuning lowers the KL as a rule, so there is room to the left of its points, but at the edge, and to the right of the other.
         axis.annotate("untuned", (untuned["kl"], untuned["gain"]), (8, -4), textcoords="offset points")
         for k, point in enumerate(ordered):  # below and above in turns, as neighbours may lie close together
-            place, label = (point["kl"], point["gain"]), f"beta {point['beta']:g}"
-            axis.annotate(label, place, (-8, 2 if k % 2 else -10), textcoords="offset points", ha="right")
+            place, label, side = (point["kl"], point["gain"]), f"beta {point['beta']:g}", 1 if point["kl"] < right / 4 else -1
+            align = "left" if side > 0 else "right"
+            axis.annotate(label, place, (8 * side, 2 if k % 2 else -10), textcoords="offset points", ha=align)
         axis.set_xlabel("KL(mu || r), the bound on I(m; X, c), nats a step")
         axis.set_ylabel("gain in action log-likelihood over the sft policy,\nan estimate of I(m; Y), nats a step")
         axis.set_title("The information plane", loc="left")
         axis.margins(0.15)
-        axis.set_xlim(0, 1.15 * max(point["kl"] for point in (untuned, *points)))
+        axis.set_xlim(0, right)
         low, high = min(0, axis.get_ylim()[0]), max(0, axis.get_ylim()[1])
         room = 0.05 * (high - low)  # so that no point is cut at the edge
         axis.set_ylim(low - room * (low < 0), high + room * (high > 0))

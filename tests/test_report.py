@@ -129,3 +129,19 @@ def test_loss_curves_of_stages(tmp_path):
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     assert image.imread(tmp_path / "a.png").shape[1] == 1040
     assert (tmp_path / "a.png").read_bytes() != (tmp_path / "empty.png").read_bytes()
+
+
+@pytest.mark.parametrize("points", [
+    [(100, 28.2, 4.26), (10, 28.2, 4.26), (1, 3.2, 0.53), (0.1, 2.4, -0.9)], [(30, 0.0, 0.0)], [(10, 24.0, 4.2), (1, 12.4, -1.0)],
+])  # fmt: skip
+def test_the_information_planes_labels_stand_inside_it(tmp_path, monkeypatch, points):
+    """None is written over an axis, however near it its point lies."""
+    pages, save = [], report._save
+    monkeypatch.setattr(report, "_save", lambda page, path: pages.append(page) or save(page, path))
+    named = [dict(zip(("beta", "kl", "gain"), point, strict=True)) for point in points]
+    report.information_plane(named, {"kl": 20.5, "gain": 3.3}, tmp_path / "plane.png")
+    axis = pages[0].axes[0]
+    texts = {text.get_text(): text.get_window_extent() for text in axis.texts}
+    assert {*texts} == {"untuned", *(f"beta {beta:g}" for beta, _, _ in points)}
+    for name, box in texts.items():
+        assert axis.bbox.x0 < box.x0 and box.x1 < axis.bbox.x1 and axis.bbox.y0 < box.y0 and box.y1 < axis.bbox.y1, name
