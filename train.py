@@ -212,7 +212,7 @@ def _what_it_changed(tuner: "Tuner", todo: "Sequence[Job]", annotate: "Annotator
 
     run, lm, dev, settings = tuner.run, tuner.lm, tuner.dev, tuner.settings
     result: dict = {}
-    if sum(job.signal is None for job in todo) > 1:
+    if tuning.draws_plane(todo):
         result["plane"], result["untuned"] = tuning.information_plane(lm, dev, settings, todo, tuner.policy, "sft")
         report.information_plane(result["plane"], result["untuned"], run.out / "information_plane.png")
         points = [{"beta": "untuned"} | result["untuned"], *result["plane"]]

@@ -287,7 +287,8 @@ def corpora(
     """(what to pretrain on, real pasts it never sees) from outside events, or from agora's splits if there are none.
 
     half_life: actions, of the population that signals and summaries tell of. leave_out: ids of the outside events that it never
-    sees (none: a fifth). abridged: the part of the documents that state or are told shares which end early. Raises InputError where nothing is left to read or to keep.
+    sees (none: a fifth). abridged: the part of the documents that state or are told shares which end early. Raises InputError
+    where nothing is left to read or to keep.
 
     Of agora's policy documents one in ten carries another event's signal: its backbone reads signals as a general model
     would, uncalibrated to that world.

@@ -89,6 +89,11 @@ def jobs(stage: str, methods: Sequence[str] | None, steps: tuple[int, int], beta
     return list(found.values())
 
 
+def draws_plane(todo: Sequence[Job]) -> bool:
+    """Whether the jobs are points of the information plane."""
+    return any(job.signal is None and job.name != MEAN_FIELD for job in todo)
+
+
 def find_adapters(
     todo: Sequence[Job], stage: str, given: Mapping[str, Path | None], own: Path | None
 ) -> dict[str, Path]:  # fmt: skip
@@ -96,8 +101,8 @@ def find_adapters(
     for one that is missing, and for one given that no job reads."""
     made = {job.name for job in todo}
     needed = {job.mean_field for job in todo if job.mean_field} - made
-    if sum(job.signal is None for job in todo) > 1:
-        needed.add("sft")  # the information plane's gains are over it
+    if draws_plane(todo):
+        needed.add("sft")  # whose likelihood its gains are over
     optional = {POLICY} if any(job.signal is None for job in todo) else set()  # whose likelihood is the reward
     found = {}
     for name, path in given.items():

@@ -53,6 +53,8 @@ def test_stages_and_methods_decide_what_is_tuned():
     assert [(job.name, job.beta, job.start) for job in plane] == [
         ("beta-10/mean-field", 10.0, None), ("beta-0.1/mean-field", 0.1, "beta-10/mean-field")
     ]  # fmt: skip
+    drawn = [tuning.draws_plane(tuning.jobs("mean-field", None, (5, 4), betas)) for betas in ([1.0], [1.0, 1.0], [0.1, 10.0])]
+    assert drawn == [False, True, True], "several betas, be they one"
     close = [job.name for job in tuning.jobs("mean-field", None, (5, 4), [1.00000001, 1.00000002, 1.00000001])]
     assert close == ["beta-1.00000002/mean-field", "beta-1.00000001/mean-field"], "a folder for each, and once"
     wrong = (("all", ["state"]), ("all", ["x"]), ("sft", ["mf-llm"]), ("policy", ["sft"]), ("mean-field", ["sft"]),
