@@ -129,6 +129,8 @@ def pretraining(args: argparse.Namespace, data: Path | None, out: Path, common: 
     fast = device.type != "cpu" or doors.fast_bfloat16()
     settings |= {"device": device.type, "mixed": args.dtype == "bfloat16" or args.dtype == "auto" and fast}
     events, begun = load_events(data) if data else None, pretrain.load(backbone) if backbone else None
+    if begun is not None:
+        settings |= {"model_type": begun.backbone.config.model_type, "shape": None}  # what it is, whatever a new one would be
     record = {"settings": settings, **runs.provenance(simulation.weights_of(backbone) if backbone else {})}
     if events is not None:
         tuning.check_ids(events, args.leave_out)

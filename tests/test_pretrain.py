@@ -312,6 +312,7 @@ def test_a_pretrained_folder_loads_in_transformers_and_a_killed_run_resumes_to_t
     same, other = (LanguageModel.load(tmp_path / name) for name in ("same", "more"))
     assert (same.backbone(ids) - lm.backbone(ids)).abs().max() < 0.02 < (other.backbone(ids) - lm.backbone(ids)).abs().max()
     record = json.loads((tmp_path / "more" / "run.json").read_text())
+    assert (record["settings"]["model_type"], record["settings"]["shape"]) == ("qwen2", None), "its own, not a new backbone's"
     assert record["settings"]["half_life"] == 960 and "weights/model.safetensors" in record["sha256"]
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (tmp_path / "more" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
