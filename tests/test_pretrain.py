@@ -306,7 +306,7 @@ def test_a_pretrained_folder_loads_in_transformers_and_a_killed_run_resumes_to_t
         code, _, errors = door(*more[:-1], tmp_path / name, "--steps", 3, "--out", tmp_path / "more")
         assert code == 2 and said in errors and len(errors.splitlines()) == 1 and not (tmp_path / "more").exists()
     assert door(*more, "--steps", 3, "--lr", 1e-9, "--dropout", 0, "--out", tmp_path / "same")[0] == 0
-    assert door(*more, "--steps", 3, "--abridged", 1, "--out", tmp_path / "more")[0] == 0
+    assert door(*more, "--steps", 3, "--dropout", 0, "--abridged", 1, "--out", tmp_path / "more")[0] == 0
     first = [json.loads(open(tmp_path / name / "log.jsonl").readline()) for name in ("same", "more")]
     assert first[0]["loss"] != first[1]["loss"], "the same weights, but summaries that end early"
     same, other = (LanguageModel.load(tmp_path / name) for name in ("same", "more"))

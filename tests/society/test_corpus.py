@@ -109,12 +109,14 @@ def test_as_many_summaries_are_abridged_as_the_mixture_says(abridged):
     as often as any other."""
     mixture = Mixture(summaries=0.5, signals=(0.0, 0.0, 0.0, 1.0), abridged=abridged, reweighted=0.0)
     corpus = Corpus(6, ANNOTATE, 10, mixture, lambda i: agora.event("train", i))
-    rng, said = np.random.default_rng(0), {"mean-field": [], "empirical": []}
+    rng, said, before = np.random.default_rng(0), {"mean-field": [], "empirical": []}, []
     for _ in range(400):
         sort, document = corpus.draw(rng)
         line = document.prefix.splitlines()[-1]
         if sort == "mean-field":
             said[sort] += [parse(document.branches[0][1], "en")]
+            told = [private.splitlines()[0] for private, _ in document.branches[1:] if private.startswith("Population: ")]
+            before += [len(parse(line.removeprefix("Population: "), "en")) for line in told]
         elif line.startswith("Population: "):
             said[sort] += [parse(line.removeprefix("Population: "), "en")]
     for some in said.values():
@@ -122,6 +124,8 @@ def test_as_many_summaries_are_abridged_as_the_mixture_says(abridged):
         assert len(counts) > 50 and all(list(stated) == list(DIMENSIONS)[: len(stated)] for stated in some)
         assert abs(np.mean(counts == len(DIMENSIONS)) - (1 - 7 / 8 * abridged)) < 0.12
         assert abridged == 0 or {*counts} == {*range(1, 9)} and abs(counts[counts < len(DIMENSIONS)].mean() - 4) < 0.6
+    whole = 1 - 7 / 16 * abridged
+    assert abs(np.mean(before) - 0.9 * whole * len(DIMENSIONS)) < 0.5, "imagined ones before end early as often"
 
 
 @pytest.mark.parametrize("others", [[], [1, 2, 3]])
